@@ -1,0 +1,1 @@
+"""BrownoutServe's inference engine and its Triton Python-backend adapter."""

@@ -1,0 +1,1 @@
+"""Brownout: the settings a controller changes while the engine runs."""

@@ -1,0 +1,124 @@
+"""Engine configuration: one frozen object, built once from the Triton model parameters and the environment.
+
+Every parameter of `moe_llm` in config.pbtxt has a field here; an environment variable MOE_LLM_<NAME> wins over it and an
+empty value means "not set". An unknown or unusable value is a ConfigError that names the parameter and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from backend.errors import ConfigError
+
+ENV_PREFIX = "MOE_LLM_"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION_BACKENDS = ("auto", "torch")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Parameters of the engine. Sizes are in tokens unless the name says otherwise."""
+
+    #: A Hugging Face checkpoint folder, or `dummy:SHAPE` for seeded random weights made on the device.
+    checkpoint: str = "dummy:cpu-s"
+    #: Expert skew of a dummy checkpoint: `uniform` or `zipf:S`.
+    routing: str = "uniform"
+    #: `auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1` …; a comma-separated list starts one engine per device.
+    device: str = "auto"
+    #: `auto` is the checkpoint's own type (float32 for a dummy on a CPU).
+    dtype: str = "auto"
+    #: Bytes for the KV cache (suffixes K M G T); `kv_cache_blocks` is the alternative. Default: what max_running
+    #: sequences of max_model_len need, at most 1 GiB on a CPU and 85 % of the free memory on a GPU.
+    kv_cache_memory: int | None = None
+    kv_cache_blocks: int | None = None
+    #: Tokens per KV block.
+    block_size: int = 16
+    #: Prompt and generated tokens of one sequence; default: the checkpoint's limit.
+    max_model_len: int | None = None
+    #: Token budget of one step.
+    max_batch_tokens: int = 2048
+    #: Sequences that run at once.
+    max_running: int = 256
+    #: Requests that wait; one more is refused as UNAVAILABLE.
+    max_waiting: int = 1024
+    #: Responses handed to Triton per second and stub; default 300 per core.
+    max_responses_per_s: int | None = None
+    attention_backend: str = "auto"
+    #: Seconds a shutdown waits for running requests before it aborts them.
+    drain_timeout_s: float = 5.0
+    #: Threads of the engine's CPU kernels; default: torch's own choice.
+    cpu_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise ConfigError(f"parameter {name} must be {allowed}, got {getattr(self, name)!r}")
+
+        check(bool(self.checkpoint.strip()), "checkpoint", "a checkpoint folder or dummy:SHAPE")
+        check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
+        check(
+            self.attention_backend in ATTENTION_BACKENDS, "attention_backend", "one of " + ", ".join(ATTENTION_BACKENDS)
+        )
+        for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting"):
+            check(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):
+            check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+        check(self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0, "block_size", "a power of 2 up to 256")
+        check(
+            self.kv_cache_memory is None or self.kv_cache_blocks is None,
+            "kv_cache_blocks",
+            "left out when kv_cache_memory is given",
+        )
+        check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
+        check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
+        check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(d.strip() for d in self.device.split(","))
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str], env: Mapping[str, str] | None = None) -> EngineConfig:
+        """Build from string parameters (Triton's `parameters`), the environment winning; empty strings are unset."""
+        env = os.environ if env is None else env
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(set(parameters) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown parameter {unknown[0]!r}; known parameters: {', '.join(known)}")
+        values: dict[str, object] = {}
+        for name, field in known.items():
+            text = env.get(ENV_PREFIX + name.upper(), parameters.get(name, "")).strip()
+            if text:
+                values[name] = _parse(name, text, str(field.type))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _parse(name: str, text: str, type_name: str) -> object:
+    if name == "kv_cache_memory":
+        return parse_bytes(name, text)
+    if type_name.startswith("int"):
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"parameter {name} must be a whole number, got {text!r}") from None
+    if type_name.startswith("float"):
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"parameter {name} must be a number, got {text!r}") from None
+    return text
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Bytes from "1073741824", "512M", "1.5G" (binary units)."""
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].isalpha() else (text, "")
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"parameter {name} must be a number of bytes, with K, M, G or T if wanted, got {text!r}") from None

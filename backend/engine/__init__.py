@@ -1,0 +1,1 @@
+"""The engine: scheduling, paged KV bookkeeping, running and sampling. `Engine` is usable without Triton."""

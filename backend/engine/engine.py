@@ -1,0 +1,227 @@
+"""The engine: schedule, run, sample, emit.
+
+    engine = Engine(EngineConfig(checkpoint="dummy:cpu-s"))
+    engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=8)))
+    while engine.has_work:
+        for event in engine.step():
+            print(event)
+
+`backend.engine.llm.LLM` adds text in and text out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from backend.brownout.settings import Settings
+from backend.config import EngineConfig
+from backend.engine.block_manager import BlockManager
+from backend.engine.lazy_heap import LazyHeap
+from backend.engine.model_runner import ModelRunner
+from backend.engine.prompt import check_prompt
+from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
+from backend.engine.penalties import SampleRow
+from backend.engine.sampler import Sampled, sample
+from backend.engine.scheduler import Schedule, Scheduler
+from backend.errors import InvalidRequestError, UnavailableError
+
+Event = TokenOutput | RequestEnded
+
+#: Window over which the rate of finished requests is measured, for retry hints.
+_RATE_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start and gauges of now."""
+
+    num_steps: int
+    num_preemptions: int
+    prefix_hit_tokens: int
+    requests_running: int
+    requests_waiting: int
+    kv_usage_ratio: float
+    settings_version: int
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread calls everything.
+
+    Each request ends in exactly one of: its last TokenOutput (every sequence has a finish_reason), one RequestEnded, or the
+    caller's own `abort`, after which nothing more is said about it.
+    """
+
+    def __init__(self, config: EngineConfig, device: str | None = None) -> None:
+        self.config = config
+        self.runner = ModelRunner(config, config.devices[0] if device is None else device)
+        self.max_model_len = self.runner.max_model_len
+        self.vocab_size = self.runner.model.config.vocab_size
+        self.eos_token_ids = tuple(self.runner.model.config.eos_token_ids)
+        self.settings = Settings()
+        self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_batch_tokens, config.max_running)
+        self._requests: dict[object, Request] = {}
+        self._not_started: set[object] = set()
+        self._deadlines = LazyHeap()
+        self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def is_active(self, request_id: object) -> bool:
+        """Whether the request has been added and has not ended."""
+        return request_id in self._requests
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `add` would take one more request."""
+        return len(self._not_started) < self.config.max_waiting
+
+    def check(self, request: Request) -> None:
+        """Raise InvalidRequestError unless this engine can serve the request."""
+        check_prompt(request.prompt_ids, self.max_model_len, self.vocab_size)
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequestError, or UnavailableError when max_waiting requests already wait."""
+        self.check(request)
+        if not self.has_room:
+            raise UnavailableError(
+                f"the queue is full: {self.config.max_waiting} requests wait (max_waiting){self._retry_hint()}"
+            )
+        self._requests[request.request_id] = request
+        self._not_started.add(request.request_id)
+        if request.deadline is not None:
+            self._deadlines.push((request.deadline, request.number), request)
+        self.scheduler.add(request.sequences[0])
+
+    def abort(self, request_id: object, index: int | None = None) -> None:
+        """End a request, or one of its sequences, at once and silently. Unknown ids are ignored: it may have just ended."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for sequence in request.sequences if index is None else request.sequences[index : index + 1]:
+            self._remove(sequence, "abort")
+        self._forget_if_finished(request)
+
+    def set_settings(self, settings: Settings) -> None:
+        """Change the brownout settings; they act in the next step."""
+        self.settings = settings
+        self.runner.apply(settings)
+
+    def step(self) -> list[Event]:
+        """Compute one batch and return what happened. Without work that can run, returns only expired requests."""
+        events: list[Event] = self._expire()
+        schedule = self.scheduler.schedule()
+        if schedule:
+            logits = self.runner.run(schedule)
+            ready = self._book(schedule)
+            sampled = sample(logits, [self._sample_row(sequence) for sequence in ready]) if ready else []
+            for sequence, token in zip(ready, sampled, strict=True):
+                events.append(self._emit(sequence, token))
+            self._num_steps += 1
+        return events
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_hit_tokens=self.blocks.num_hit_tokens,
+            requests_running=len(self._requests) - len(self._not_started),
+            requests_waiting=len(self._not_started),
+            kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
+            settings_version=self.settings.version,
+        )
+
+    def _book(self, schedule: Schedule) -> list[Sequence]:
+        """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""
+        ready = []
+        for sequence, count in zip(schedule.sequences, schedule.num_tokens, strict=True):
+            request = sequence.request
+            self._not_started.discard(request.request_id)
+            self.scheduler.computed(sequence, count)
+            if sequence.prompt_computed and not request.siblings_started:
+                request.siblings_started = True
+                for sibling in request.sequences[1:]:
+                    if not sibling.finished:
+                        self.scheduler.add(sibling)
+            if sequence.num_computed == len(sequence.tokens):
+                ready.append(sequence)
+        return ready
+
+    def _sample_row(self, sequence: Sequence) -> SampleRow:
+        params = sequence.request.params
+        return SampleRow(
+            params=params,
+            seed=sequence.seed,
+            position=sequence.num_output,
+            prompt_ids=sequence.request.prompt_ids,
+            output_ids=sequence.tokens[sequence.num_prompt :] if _reads_output(params) else (),
+            eos_token_ids=self.eos_token_ids if sequence.num_output < params.min_tokens else (),
+        )
+
+    def _emit(self, sequence: Sequence, sampled: Sampled) -> Event:
+        request, params = sequence.request, sequence.request.params
+        if sampled.error is not None:
+            self.abort(request.request_id)
+            return RequestEnded(request.request_id, "failed", sampled.error)
+        token = sampled.token_id
+        sequence.tokens.append(token)
+        reason = None
+        if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
+            reason = FINISH_STOP
+        elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_model_len:
+            reason = FINISH_LENGTH
+        if reason is not None:
+            self._remove(sequence, reason)
+            self._forget_if_finished(request)
+        return TokenOutput(
+            request.request_id, sequence.index, token, reason, sampled.logprob, sampled.rank, sampled.top
+        )
+
+    def _remove(self, sequence: Sequence, reason: str) -> None:
+        """Finish a sequence, also one that has not reached the scheduler yet."""
+        if sequence.index == 0 or sequence.request.siblings_started:
+            self.scheduler.remove(sequence, reason)
+        elif not sequence.finished:
+            sequence.finish_reason = reason
+
+    def _forget_if_finished(self, request: Request) -> None:
+        if request.finished and self._requests.pop(request.request_id, None) is not None:
+            self._not_started.discard(request.request_id)
+            self._finish_times.append(time.monotonic())
+            if request.deadline is not None:
+                self._deadlines.ended()
+
+    def _expire(self) -> list[Event]:
+        """End requests whose timeout has passed."""
+        events: list[Event] = []
+        now = time.monotonic()
+        while (first := self._deadlines.first()) is not None and first[0][0] <= now:
+            request: Request = first[1]
+            self.abort(request.request_id)
+            message = f"the request timed out after {request.params.timeout_s:g} s (timeout_s)"
+            events.append(RequestEnded(request.request_id, "timeout", message))
+        return events
+
+    def _retry_hint(self) -> str:
+        """Seconds until the present queue has gone, from the rate at which requests finished lately."""
+        if len(self._finish_times) < 2:
+            return ""
+        span = time.monotonic() - self._finish_times[0]
+        seconds = len(self._not_started) * span / len(self._finish_times)
+        return f"; retry in about {max(1, round(seconds))} s"
+
+
+def _reads_output(params) -> bool:
+    """Whether the sampler needs the tokens made so far."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0

@@ -1,0 +1,169 @@
+"""One scheduling rule: computed tokens catch up with known tokens under one token budget, running sequences first.
+
+Chunked prefill, prefix-cache hits and preemption by recompute fall out of it; prefill and decode share a batch. Plain
+Python: no tensor library here.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from backend.engine.block_manager import BlockManager, chain_hashes
+from backend.engine.lazy_heap import LazyHeap
+from backend.engine.request import Sequence
+
+
+@dataclass
+class Schedule:
+    """One step's work: sequences with the number of tokens to compute, those with one known token to go first."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    #: How many of the leading entries compute exactly one token.
+    num_decodes: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.sequences)
+
+
+class Scheduler:
+    """Waiting and running sequences, both in the order of `Sequence.sort_key`.
+
+    A sequence is admitted with blocks for all its known tokens, so a prefill never stalls half-way; each running sequence
+    takes further blocks as it grows, and when none is left the last one in order gives its blocks back and waits again.
+    The pool must hold one sequence of `max_model_len` tokens: then the first in order can always go on, and nothing
+    deadlocks.
+    """
+
+    def __init__(self, blocks: BlockManager, max_batch_tokens: int, max_running: int) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        # Every running sequence computes at least one token a step, so there are never more than the budget holds.
+        self.max_running = min(max_running, max_batch_tokens)
+        self.running: list[Sequence] = []
+        self._waiting = LazyHeap()
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.push(sequence.sort_key, sequence)
+
+    def remove(self, sequence: Sequence, finish_reason: str) -> None:
+        """Take a sequence out for good, wherever it is, and give its blocks back."""
+        if sequence.finished:
+            return
+        sequence.finish_reason = finish_reason
+        position = self._position(sequence)
+        if position is not None:
+            self.running.pop(position)
+            self._give_back(sequence)
+        else:
+            self._waiting.ended()
+
+    def schedule(self) -> Schedule:
+        """Choose the next step's work and reserve its blocks."""
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        num_preemptions = self.num_preemptions
+        for sequence in list(self.running):
+            # Preemption takes sequences from the end, so it never takes one that this loop has passed.
+            if sequence.blocks and self._grow(sequence):
+                (decodes if len(sequence.tokens) - sequence.num_computed == 1 else prefills).append(sequence)
+        budget = self.max_batch_tokens - len(decodes)
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in prefills:
+            count = min(len(sequence.tokens) - sequence.num_computed, budget)
+            if count == 0:
+                break
+            budget -= count
+            chunks.append((sequence, count))
+        # Admitting in a step that had to preempt would hand the same blocks back and forth.
+        while budget > 0 and num_preemptions == self.num_preemptions and (sequence := self._admit()) is not None:
+            count = min(len(sequence.tokens) - sequence.num_computed, budget)
+            budget -= count
+            chunks.append((sequence, count))
+        chunks.sort(key=lambda chunk: chunk[1] != 1)
+        work = Schedule(decodes, [1] * len(decodes))
+        for sequence, count in chunks:
+            work.sequences.append(sequence)
+            work.num_tokens.append(count)
+        work.num_decodes = sum(1 for count in work.num_tokens if count == 1)
+        return work
+
+    def computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Book `num_tokens` as computed and publish the blocks that are now full."""
+        sequence.num_computed += num_tokens
+        num_full = sequence.num_computed // self.blocks.block_size
+        if num_full > sequence.num_published:
+            chain_hashes(sequence.tokens, self.blocks.block_size, sequence.hashes)
+            for i in range(sequence.num_published, num_full):
+                self.blocks.publish(sequence.blocks[i], sequence.hashes[i])
+            sequence.num_published = num_full
+
+    def _admit(self) -> Sequence | None:
+        """Move the first waiting sequence to running if there is room for all its known tokens."""
+        first = self._waiting.first()
+        if first is None or len(self.running) >= self.max_running:
+            return None
+        sequence: Sequence = first[1]
+        size = self.blocks.block_size
+        hashes = chain_hashes(sequence.tokens, size, sequence.hashes)
+        # At least one token is computed anew: its logits are needed.
+        hit = self.blocks.match(hashes[: (len(sequence.tokens) - 1) // size])
+        needed = self.blocks.blocks_for(len(sequence.tokens)) - len(hit)
+        # One spare block per running sequence, so that an admission does not cause a preemption in the next step.
+        spare = len(self.running)
+        if needed + spare > self.blocks.num_available_besides(hit):
+            return None
+        self._waiting.pop()
+        self.blocks.acquire(hit)
+        sequence.blocks.extend(hit)
+        sequence.blocks.extend(self.blocks.allocate(needed))
+        sequence.num_computed = len(hit) * size
+        sequence.num_published = len(hit)
+        insort(self.running, sequence, key=_sort_key)
+        return sequence
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence blocks for all its known tokens, preempting from the end; False if it was itself."""
+        needed = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if needed <= 0:
+            return True
+        while needed > self.blocks.num_available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks.extend(self.blocks.allocate(needed))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.pop(self._position(sequence))
+        self._give_back(sequence)
+        sequence.num_computed = 0
+        sequence.num_published = 0
+        self.num_preemptions += 1
+        self.add(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.blocks)
+        del sequence.blocks[:]
+
+    def _position(self, sequence: Sequence) -> int | None:
+        """Index in `running`, by binary search on the sort key (unique per sequence)."""
+        low, high = 0, len(self.running)
+        while low < high:
+            middle = (low + high) // 2
+            if self.running[middle].sort_key < sequence.sort_key:
+                low = middle + 1
+            else:
+                high = middle
+        return low if low < len(self.running) and self.running[low] is sequence else None
+
+
+def _sort_key(sequence: Sequence) -> tuple:
+    return sequence.sort_key

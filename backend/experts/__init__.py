@@ -1,0 +1,1 @@
+"""Expert weights in slots, and the tables that say which slot serves which logical expert."""

@@ -1,0 +1,29 @@
+"""The stacked weights of one MoE layer's experts: one tensor per projection, one row of it per slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ExpertWeights:
+    """w13 [P, 2 * I, M] (gate rows above up rows) and w2 [P, M, I] for P slots."""
+
+    def __init__(
+        self, num_slots: int, hidden_size: int, expert_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.expert_size = expert_size
+        self.w13 = torch.empty(num_slots, 2 * expert_size, hidden_size, dtype=dtype, device=device)
+        self.w2 = torch.empty(num_slots, hidden_size, expert_size, dtype=dtype, device=device)
+
+    def gate(self, slot: int) -> Tensor:
+        """View [I, M] of a slot's gate projection."""
+        return self.w13[slot, : self.expert_size]
+
+    def up(self, slot: int) -> Tensor:
+        """View [I, M] of a slot's up projection."""
+        return self.w13[slot, self.expert_size :]
+
+    def down(self, slot: int) -> Tensor:
+        """View [M, I] of a slot's down projection."""
+        return self.w2[slot]

@@ -1,0 +1,24 @@
+"""Reference kernels in plain torch, which are also the CPU path: chosen for speed there, correct on any device."""
+
+from backend.kernels.reference.attention_decode import decode_attention
+from backend.kernels.reference.attention_prefill import prefill_attention
+from backend.kernels.reference.grouped_experts import grouped_experts_forward
+from backend.kernels.reference.kv_store import store_kv
+from backend.kernels.reference.linear import linear
+from backend.kernels.reference.remap import remap_experts
+from backend.kernels.reference.rmsnorm import add_rms_norm, rms_norm
+from backend.kernels.reference.rope import apply_rope
+from backend.kernels.reference.router import route
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "grouped_experts_forward",
+    "linear",
+    "prefill_attention",
+    "remap_experts",
+    "rms_norm",
+    "route",
+    "store_kv",
+]

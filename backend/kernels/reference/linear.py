@@ -1,0 +1,11 @@
+"""Dense linear layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+    return F.linear(x, weight, bias)

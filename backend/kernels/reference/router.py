@@ -1,0 +1,27 @@
+"""Router: which experts a token is sent to, and with which gate weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def route(
+    hidden: Tensor,  # [T, M]
+    weight: Tensor,  # [E, M]
+    bias: Tensor | None,  # [E] float32, added to the logits; only dummy models have one, to skew their routing
+    top_k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts in float32, then the `top_k` best, best first.
+
+    `renormalize` makes a token's weights sum to 1. Returns experts [T, K] int64 and weights [T, K] float32.
+    """
+    logits = F.linear(hidden, weight).float()
+    if bias is not None:
+        logits += bias
+    weights, experts = torch.softmax(logits, dim=-1).topk(top_k, dim=-1)
+    if renormalize:
+        weights /= weights.sum(dim=-1, keepdim=True)
+    return experts, weights

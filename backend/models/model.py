@@ -1,0 +1,100 @@
+"""The decoder: embed, then attention and experts layer by layer, then logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backend.brownout.settings import TOKEN_CLASSES
+from backend.kernels import kernels_for
+from backend.models.attention import Attention, KVCache
+from backend.models.config import ModelConfig
+from backend.models.forward_batch import ForwardBatch
+from backend.models.layers import Backing, GatedMLP, NamedWeight, RMSNorm, RotaryAngles
+from backend.models.moe import MoeBlock
+
+
+class DecoderLayer:
+    """Attention and an expert block (or, in layers without experts, an MLP), each behind a norm and a residual."""
+
+    def __init__(self, backing: Backing, config: ModelConfig, layer: int, thresholds: Tensor) -> None:
+        self.input_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(backing, config, layer)
+        self.post_attention_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
+        self.moe: MoeBlock | None = None
+        self.mlp: GatedMLP | None = None
+        if config.moe_layers[layer]:
+            self.moe = MoeBlock(backing, config, thresholds)
+        else:
+            self.mlp = GatedMLP(backing, config.hidden_size, config.dense_size)
+
+    def weights(self, prefix: str) -> Iterator[NamedWeight]:
+        yield from self.input_norm.weights(f"{prefix}.input_layernorm")
+        yield from self.attention.weights(f"{prefix}.self_attn")
+        yield from self.post_attention_norm.weights(f"{prefix}.post_attention_layernorm")
+        if self.moe is not None:
+            yield from self.moe.weights(prefix)
+        if self.mlp is not None:
+            yield from self.mlp.weights(f"{prefix}.mlp")
+
+    def feed_forward(self, x: Tensor, token_class: Tensor) -> Tensor:
+        if self.moe is not None:
+            return self.moe(x, token_class)
+        assert self.mlp is not None
+        return self.mlp(x)
+
+
+class MoeModel:
+    """A mixture-of-experts language model with its weights on one device."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Tensors are allocated but not filled: `load_model` does that."""
+        self.config, self.dtype, self.device = config, dtype, device
+        #: Type of the KV cache this model runs fastest with: torch's CPU attention is several times slower on 16-bit types.
+        self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
+        backing = Backing(dtype, device, kernels_for(device))
+        self.kernels = backing.kernels
+        #: [layers, classes] float32 brownout thresholds, read by every MoE block of a step.
+        self.thresholds = torch.ones(config.num_layers, len(TOKEN_CLASSES), device=device)
+        self.embedding = backing.empty(config.vocab_size, config.hidden_size)
+        self.angles = RotaryAngles(backing, config)
+        self.layers = [DecoderLayer(backing, config, i, self.thresholds[i]) for i in range(config.num_layers)]
+        self.final_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embedding if tied else backing.empty(config.vocab_size, config.hidden_size)
+
+    def weights(self) -> Iterator[NamedWeight]:
+        """Every tensor of the checkpoint by its name there, as a view to fill."""
+        yield "model.embed_tokens.weight", self.embedding
+        for i, layer in enumerate(self.layers):
+            yield from layer.weights(f"model.layers.{i}")
+        yield from self.final_norm.weights("model.norm")
+        if self.lm_head is not self.embedding:
+            yield "lm_head.weight", self.lm_head
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.weights())
+
+    def set_thresholds(self, table: Sequence[Sequence[float]] | Tensor) -> None:
+        """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
+        self.thresholds.copy_(torch.as_tensor(table, dtype=torch.float32))
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
+        """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""
+        angles = self.angles(batch.positions)
+        residual = F.embedding(batch.token_ids, self.embedding)
+        x = self.layers[0].input_norm(residual)
+        for i, layer in enumerate(self.layers):
+            if i:
+                x = layer.input_norm.after_add(x, residual)
+            x = layer.attention(x, angles, batch, kv_cache.k[i], kv_cache.v[i])
+            x = layer.post_attention_norm.after_add(x, residual)
+            x = layer.feed_forward(x, batch.token_class)
+        rows = batch.logit_rows
+        x = self.final_norm.after_add(x[rows], residual[rows])
+        return self.kernels.linear(x, self.lm_head).float()

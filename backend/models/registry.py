@@ -1,0 +1,89 @@
+"""From a checkpoint to a model that is ready to run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from backend.errors import ConfigError
+from backend.models import dummy, mixtral, olmoe, qwen2_moe, qwen3_moe
+from backend.models.config import ModelConfig, token_ids
+from backend.models.model import MoeModel
+from backend.models.weights import load_weights
+
+_FAMILIES = (qwen2_moe, qwen3_moe, mixtral, olmoe)
+#: Parser of config.json by architecture name.
+_PARSERS: dict[str, Callable[[Mapping[str, object]], ModelConfig]] = {f.ARCHITECTURE: f.parse_config for f in _FAMILIES}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """ModelConfig from a config.json's content; an unsupported architecture or option is a ConfigError that names it."""
+    architectures = raw.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    for name in names:
+        if name in _PARSERS:
+            return _PARSERS[name](raw)
+    raise ConfigError(
+        f"config.json: architecture {names or raw.get('model_type')!r} is not supported; supported are "
+        + ", ".join(sorted(_PARSERS))
+    )
+
+
+def load_model(
+    checkpoint: str, *, routing: str = "uniform", device: torch.device, dtype: str = "auto", seed: int = 0
+) -> MoeModel:
+    """Load a Hugging Face checkpoint folder, or make the random weights of `dummy:SHAPE`.
+
+    `routing` and `seed` act on dummies only. `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
+    bfloat16 elsewhere. Raises ConfigError naming what is wrong.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if checkpoint.startswith(dummy.PREFIX):
+        config = parse_config(dummy.raw_config(checkpoint))
+        if dtype == "auto":
+            dtype = "float32" if device.type == "cpu" else "bfloat16"
+        model = MoeModel(config, _DTYPES[dtype], device)
+        dummy.fill(model, routing, seed)
+        return model
+    folder = Path(checkpoint)
+    config = read_config(folder)
+    dtype = config.dtype if dtype == "auto" else dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}")
+    model = MoeModel(config, _DTYPES[dtype], device)
+    load_weights(model, folder)
+    return model
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """ModelConfig of a checkpoint folder, with the end tokens of its generation_config.json if it has one."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"parameter checkpoint: {str(folder)!r} is not a folder; give a Hugging Face checkpoint folder or "
+            f"{dummy.PREFIX}SHAPE with one of {', '.join(dummy.SHAPES)}"
+        )
+    config = parse_config(_read_json(folder / "config.json"))
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        value = _read_json(generation).get("eos_token_id")
+        if value is not None:
+            config = replace(config, eos_token_ids=token_ids("generation_config.json", value))
+    return config
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"checkpoint file {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"checkpoint file {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"checkpoint file {path} must hold a JSON object")
+    return content

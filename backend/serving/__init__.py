@@ -1,0 +1,1 @@
+"""Everything between Triton Inference Server and the engine process."""

@@ -1,0 +1,249 @@
+"""The Triton Python models `moe_llm` and `moe_llm_infer`: translation between Triton and the engine, nothing else.
+
+A request's life: `execute` parses it, tokenises it and sends it to an engine; the engine's tokens come to the client
+thread, which adds them to the LiveRequest and marks it in the outbox; the outbox thread makes responses and hands them to
+Triton. `execute` never waits for a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from backend.config import EngineConfig
+from backend.engine.prompt import check_prompt
+from backend.engine.request import Outcome
+from backend.errors import ConfigError, InvalidRequestError, UnavailableError
+from backend.serving.client import EngineClient
+from backend.serving.live_request import LiveRequest, Reply
+from backend.serving.metrics import Metrics
+from backend.serving.outbox import Outbox
+from backend.serving.parse import parse_request
+from backend.serving.protocol import Outputs, replace_file, runtime_dir
+from backend.serving.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+#: The model whose config.pbtxt holds the engine's parameters; it also reports the engine-wide metrics.
+ENGINE_MODEL = "moe_llm"
+RESPONSES_PER_S_AND_CORE = 300
+_CANCEL_PERIOD_S = 0.2
+
+
+class MoeLlmModel:
+    """One stub's part of a model. `decoupled` models answer with any number of responses, others with one."""
+
+    def __init__(self, pb_utils, args: Mapping[str, str]) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s stub %(levelname)s %(message)s", stream=sys.stderr)
+        self._pb_utils = pb_utils
+        self._name, version = args["model_name"], args["model_version"]
+        model_config = json.loads(args["model_config"])
+        self._decoupled = bool(model_config.get("model_transaction_policy", {}).get("decoupled", False))
+        try:
+            config = EngineConfig.from_parameters(engine_parameters(self._name, model_config, args))
+            self._start(config, version)
+        except ConfigError as error:
+            raise pb_utils.TritonModelException(f"{self._name}: {error}") from None
+
+    def _start(self, config: EngineConfig, version: str) -> None:
+        self._runtime_dir = runtime_dir()
+        self._live: dict[int, tuple[LiveRequest, object]] = {}  # with Triton's response sender
+        self._live_lock = threading.Lock()
+        self._ids = itertools.count()
+        self._closed = threading.Event()
+        self._client = EngineClient(
+            self._name, config, self._runtime_dir, os.getppid(), self._on_outputs, self._on_lost
+        )
+        info = self._client.start()
+        self._max_model_len, self._vocab_size = info.max_model_len, info.vocab_size
+        try:
+            self._tokenizer = load_tokenizer(config.checkpoint, info.vocab_size)
+        except ConfigError:
+            self._client.close()
+            raise
+        rate = config.max_responses_per_s or RESPONSES_PER_S_AND_CORE * (os.cpu_count() or 1)
+        self._outbox: Outbox[LiveRequest] = Outbox(self._deliver, rate)
+        self._metrics = Metrics(self._pb_utils, self._name, version, engine_wide=self._name == ENGINE_MODEL)
+        self._canceller = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)
+        self._outbox.start()
+        self._metrics.start(self._client.stats)
+        self._canceller.start()
+        mark = {"pid": os.getpid(), "model": self._name}
+        replace_file(self._mark_path(), msgspec.json.encode(mark))
+
+    def execute(self, requests: list) -> None:
+        """Take requests from Triton; every one gets its responses later, through its response sender."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._accept(request, sender)
+            except InvalidRequestError as error:
+                self._refuse(sender, "invalid", str(error))
+            except UnavailableError as error:
+                self._refuse(sender, "rejected", str(error))
+            except Exception as error:
+                log.exception("a request could not be taken")
+                self._refuse(sender, "failed", f"the request could not be taken: {error}")
+
+    def finalize(self) -> None:
+        self._closed.set()
+        for live, _ in self._snapshot():
+            live.fail("lost", "the model is being unloaded")
+            self._outbox.mark(live, urgent=True)
+        self._outbox.close()
+        self._client.close()
+        self._metrics.close()
+        self._mark_path().unlink(missing_ok=True)
+
+    def _accept(self, request, sender) -> None:
+        arrival = time.monotonic()
+        parsed = parse_request(request, self._decoupled)
+        if parsed.input_ids is None:
+            prompt_text = parsed.text
+            prompt_ids = self._tokenizer.encode(prompt_text)
+        else:
+            prompt_ids = parsed.input_ids
+            prompt_text = ""
+        check_prompt(prompt_ids, self._max_model_len, self._vocab_size)
+        if parsed.input_ids is not None and parsed.echo_prompt:
+            prompt_text = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        request_id = next(self._ids)
+        live = LiveRequest(request_id, parsed, prompt_text, len(prompt_ids), self._tokenizer, arrival)
+        with self._live_lock:
+            self._live[request_id] = (live, sender)
+        try:
+            self._client.submit(request_id, prompt_ids, parsed.engine_params, arrival)
+        except UnavailableError:
+            with self._live_lock:
+                del self._live[request_id]
+            raise
+
+    def _refuse(self, sender, outcome: Outcome, message: str) -> None:
+        self._metrics.ended(outcome, 0, None)
+        self._send(sender, Reply({}, message, outcome, 0))
+
+    def _on_outputs(self, outputs: Outputs) -> None:
+        """Called by the client thread with one engine step's news."""
+        for token in outputs.tokens:
+            live = self._find(token.request_id)
+            if live is not None:
+                urgent, stopped = live.add(token, outputs.settings_version)
+                if stopped:
+                    self._client.abort(token.request_id, token.index)
+                if urgent or live.parsed.stream:
+                    self._outbox.mark(live, urgent)
+        for ended in outputs.ended:
+            live = self._find(ended.request_id)
+            if live is not None:
+                live.fail(ended.outcome, ended.message)
+                self._outbox.mark(live, urgent=True)
+
+    def _on_lost(self, request_ids: list[int], reason: str) -> None:
+        for request_id in request_ids:
+            live = self._find(request_id)
+            if live is not None:
+                live.fail("lost", reason)
+                self._outbox.mark(live, urgent=True)
+
+    def _deliver(self, live: LiveRequest) -> None:
+        """Called by the outbox thread: hand the request's next response to Triton."""
+        reply = live.take()
+        if reply is None:
+            return
+        with self._live_lock:
+            _, sender = self._live[live.request_id]
+            if reply.final:
+                del self._live[live.request_id]
+        if reply.final:
+            self._client.forget(live.request_id)
+        self._send(sender, reply)
+        now = time.monotonic()
+        if reply.error is None:
+            if live.parsed.stream and not live.sent_first:
+                self._metrics.first_response(now - live.arrival)
+            gap_s = now - live.last_sent_s if live.sent_first else None
+            self._metrics.tokens(reply.num_tokens, gap_s)
+        live.sent_first, live.last_sent_s = True, now
+        if reply.outcome is not None:
+            self._metrics.ended(reply.outcome, live.num_prompt_tokens, now - live.arrival if reply.error is None else None)
+
+    def _send(self, sender, reply: Reply) -> None:
+        pb_utils = self._pb_utils
+        if reply.error is not None:
+            error = pb_utils.TritonError(reply.error, getattr(pb_utils.TritonError, _ERROR_CODES[reply.outcome]))
+            response = pb_utils.InferenceResponse(output_tensors=[], error=error)
+        else:
+            response = pb_utils.InferenceResponse(
+                output_tensors=[pb_utils.Tensor(name, value) for name, value in reply.outputs.items()]
+            )
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if reply.final else 0
+        sender.send(response, flags=flags)
+
+    def _watch_cancellations(self) -> None:
+        """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""
+        while not self._closed.is_set():
+            started = time.monotonic()
+            for live, sender in self._snapshot():
+                if not live.ended and sender.is_cancelled():
+                    self._client.abort(live.request_id)
+                    live.fail("cancelled", "the request was cancelled by its client")
+                    self._outbox.mark(live, urgent=True)
+            self._give_up_if_hopeless()
+            self._closed.wait(max(0.0, started + _CANCEL_PERIOD_S - time.monotonic()))
+
+    def _give_up_if_hopeless(self) -> None:
+        """Unload the model once the engine has failed for good, so that the server stops reporting it as ready."""
+        if self._client.failure and not self._closed.is_set():
+            log.error("%s is unloaded: %s", self._name, self._client.failure)
+            self._closed.set()
+            try:
+                self._pb_utils.unload_model(self._name)
+            except Exception as error:
+                log.error("%s could not be unloaded (it needs explicit model control): %s", self._name, error)
+
+    def _find(self, request_id: int) -> LiveRequest | None:
+        entry = self._live.get(request_id)
+        return None if entry is None else entry[0]
+
+    def _snapshot(self) -> list[tuple[LiveRequest, object]]:
+        with self._live_lock:
+            return list(self._live.values())
+
+    def _mark_path(self) -> Path:
+        """Tells the launcher that this process serves a model (see protocol.py)."""
+        return self._runtime_dir / f"stub-{os.getpid()}.json"
+
+
+#: Names in pb_utils.TritonError; Triton has no code of its own for a deadline.
+_ERROR_CODES = {
+    "invalid": "INVALID_ARG",
+    "rejected": "UNAVAILABLE",
+    "timeout": "UNAVAILABLE",
+    "lost": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+    "failed": "INTERNAL",
+}
+
+
+def engine_parameters(model_name: str, model_config: Mapping, args: Mapping[str, str]) -> dict[str, str]:
+    """The engine's parameters: this model's own, or those of the engine model beside it in the repository."""
+    if model_name != ENGINE_MODEL:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+
+        path = Path(args["model_repository"]).parent / ENGINE_MODEL / "config.pbtxt"
+        try:
+            config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        except (OSError, text_format.ParseError) as error:
+            raise ConfigError(f"the engine's parameters could not be read from {path}: {error}") from None
+        return {key: value.string_value for key, value in config.parameters.items()}
+    return {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}

@@ -1,0 +1,228 @@
+"""A stub's connection to the engines: submits requests, delivers what comes back, notices an engine's death."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from backend.config import EngineConfig
+from backend.engine.sampling_params import SamplingParams
+from backend.errors import ConfigError, UnavailableError
+from backend.serving.protocol import (
+    Abort,
+    Bye,
+    EngineInfo,
+    EngineRecord,
+    Hello,
+    Outputs,
+    ProcessWatch,
+    Stats,
+    Submit,
+    decode_to_stub,
+    encode,
+)
+from backend.serving.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+_POLL_MS = 50
+_WATCH_PERIOD_S = 0.1
+_START_POLL_S = 0.05
+
+OnOutputs = Callable[[Outputs], None]
+OnLost = Callable[[list[int], str], None]
+
+
+@dataclass
+class _Link:
+    """Connection to one generation of one engine."""
+
+    generation: int
+    inbox: zmq.Socket
+    outbox: zmq.Socket
+    watch: ProcessWatch
+    info: EngineInfo | None = None
+    stats: Stats | None = None
+    active: set[int] = field(default_factory=set)
+
+
+class EngineClient:
+    """Talks to every engine of the configuration; each request goes to the least loaded one.
+
+    `on_outputs` and `on_lost` are called from the client's own thread. After `on_lost(request_ids, reason)` nothing more
+    comes for these requests.
+    """
+
+    def __init__(
+        self, name: str, config: EngineConfig, runtime_dir: Path, server_pid: int, on_outputs: OnOutputs, on_lost: OnLost
+    ) -> None:
+        self._name = f"{name}-{os.getpid()}"
+        self._config = config
+        self._runtime_dir = runtime_dir
+        self._on_outputs = on_outputs
+        self._on_lost = on_lost
+        self._context = zmq.Context()
+        # Guards the links and the sending sockets: requests are submitted from Triton's thread, aborts from others.
+        self._lock = threading.Lock()
+        self._links: dict[int, _Link] = {}
+        self._link_of: dict[int, _Link] = {}
+        self._closed = threading.Event()
+        self._failure = ""
+        self._reason = "the engine is starting"
+        self._supervisors = [
+            Supervisor(config, index, runtime_dir, server_pid) for index in range(len(config.devices))
+        ]
+        self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
+
+    def start(self) -> EngineInfo:
+        """Start or find the engines and wait until each is ready. Raises ConfigError with the engine's own sentence."""
+        for index in range(len(self._config.devices)):
+            self._check_same_config(index)
+        for supervisor in self._supervisors:
+            supervisor.start()
+        self._thread.start()
+        while True:
+            if self._failure:
+                self.close()
+                raise ConfigError(self._failure)
+            with self._lock:
+                infos = [link.info for link in self._links.values() if link.info is not None]
+            if len(infos) == len(self._config.devices):
+                return infos[0]
+            time.sleep(_START_POLL_S)
+
+    @property
+    def failure(self) -> str:
+        """Why the engines are given up for good, or an empty string."""
+        return self._failure
+
+    def stats(self) -> list[Stats]:
+        """The last statistics of each connected engine."""
+        with self._lock:
+            return [link.stats for link in self._links.values() if link.stats is not None]
+
+    def submit(self, request_id: int, prompt_ids: list[int], params: SamplingParams, arrival: float) -> None:
+        """Send a request to the least loaded engine. Raises UnavailableError when none is there."""
+        with self._lock:
+            links = [link for link in self._links.values() if link.info is not None]
+            if not links:
+                raise UnavailableError(f"{self._reason}; retry in about 2 s")
+            link = min(links, key=lambda link: len(link.active))
+            link.active.add(request_id)
+            self._link_of[request_id] = link
+            link.outbox.send(encode(Submit(self._name, request_id, prompt_ids, params, arrival)))
+
+    def abort(self, request_id: int, index: int | None = None) -> None:
+        """End a request, or one of its sequences, in the engine."""
+        with self._lock:
+            link = self._link_of.get(request_id)
+            if link is not None:
+                link.outbox.send(encode(Abort(self._name, request_id, index)))
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended; it no longer counts as load."""
+        with self._lock:
+            link = self._link_of.pop(request_id, None)
+            if link is not None:
+                link.active.discard(request_id)
+
+    def close(self) -> None:
+        """Leave the engines; they end by themselves when no stub is left."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        for supervisor in self._supervisors:
+            supervisor.stop()
+        for thread in (*self._supervisors, self._thread):
+            if thread.is_alive():
+                thread.join(timeout=2)
+        with self._lock:
+            for link in self._links.values():
+                link.outbox.send(encode(Bye(self._name)))
+                link.outbox.close(linger=500)
+                link.inbox.close(linger=0)
+            self._links.clear()
+        self._context.term()
+
+    def _check_same_config(self, index: int) -> None:
+        record = EngineRecord.read(self._runtime_dir, index)
+        if record is None or record.state in ("failed", "stopped") or not ProcessWatch(record.pid).alive():
+            return
+        mine = self._config.to_dict()
+        differing = [name for name in mine if record.config.get(name) != mine[name]]
+        if differing:
+            raise ConfigError(
+                f"the engine is running with another value of parameter {differing[0]} ({record.config.get(differing[0])!r}, "
+                f"this model has {mine[differing[0]]!r}): unload every model that uses the engine, then load them again"
+            )
+
+    def _run(self) -> None:
+        """Receive until closed; look after the engines' lives in between."""
+        poller = zmq.Poller()
+        next_watch_s = 0.0
+        while not self._closed.is_set():
+            if time.monotonic() >= next_watch_s:
+                for index in range(len(self._config.devices)):
+                    self._watch(index, poller)
+                next_watch_s = time.monotonic() + _WATCH_PERIOD_S
+            for socket, _ in poller.poll(_POLL_MS):
+                self._receive(socket)
+
+    def _watch(self, index: int, poller: zmq.Poller) -> None:
+        """Connect to a new generation of an engine, drop a dead one."""
+        link = self._links.get(index)
+        if link is not None:
+            if link.watch.alive():
+                return
+            while link.inbox.poll(0):  # what it said last still counts
+                self._receive(link.inbox)
+            poller.unregister(link.inbox)
+            with self._lock:
+                del self._links[index]
+                lost = sorted(link.active)
+                for request_id in lost:
+                    self._link_of.pop(request_id, None)
+                link.outbox.close(linger=0)
+                link.inbox.close(linger=0)
+                self._reason = "the engine process ended unexpectedly and is being restarted"
+            log.error("engine %d is gone with %d requests", index, len(lost))
+            self._on_lost(lost, "the engine process ended unexpectedly; the request is lost, send it again")
+            return
+        record = EngineRecord.read(self._runtime_dir, index)
+        if record is None:
+            return
+        if record.state == "failed" and record.error:
+            self._failure = record.error
+        elif record.state in ("stopping", "stopped"):
+            self._reason = "the engine is stopping"
+        elif record.state == "ready" and (watch := ProcessWatch(record.pid)).alive():
+            inbox, outbox = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+            inbox.setsockopt(zmq.RCVHWM, 0)
+            outbox.setsockopt(zmq.SNDHWM, 0)
+            address = f"ipc://{self._runtime_dir}/c{os.getpid()}-{index}-{record.generation}.sock"
+            inbox.bind(address)
+            outbox.connect(record.address)
+            outbox.send(encode(Hello(self._name, address, os.getpid())))
+            poller.register(inbox, zmq.POLLIN)
+            with self._lock:
+                self._links[index] = _Link(record.generation, inbox, outbox, watch)
+
+    def _receive(self, socket: zmq.Socket) -> None:
+        message = decode_to_stub(socket.recv())
+        if isinstance(message, Outputs):
+            self._on_outputs(message)
+            return
+        with self._lock:
+            for link in self._links.values():
+                if link.inbox is socket:
+                    if isinstance(message, EngineInfo):
+                        link.info = message
+                    else:
+                        link.stats = message

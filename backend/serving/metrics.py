@@ -1,0 +1,169 @@
+"""The metrics of a stub on Triton's own metrics port.
+
+Triton's Python backend takes one value per call, each an inter-process call: too slow for the response path. Values are
+collected here and written by a thread once a second. Counters and gauges are exact; of inter-token latencies, at most
+MAX_ITL_OBSERVATIONS evenly chosen ones a second enter the histogram, so its quantiles hold and its count does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+
+from backend.serving.protocol import Stats
+
+log = logging.getLogger(__name__)
+
+FLUSH_PERIOD_S = 1.0
+MAX_ITL_OBSERVATIONS = 100
+
+_TTFT_BUCKETS = [0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+_ITL_BUCKETS = [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0]
+_E2E_BUCKETS = [0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0]
+
+
+class Metrics:
+    """Collects from any thread; `pb_utils` is Triton's Python module (a fake in tests).
+
+    `engine_wide` metrics (KV use, preemptions, cache hits, thresholds) are written by one model only, so that sums over
+    models stay right.
+    """
+
+    def __init__(self, pb_utils, model: str, version: str, engine_wide: bool) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str], float] = defaultdict(float)
+        self._observations: dict[str, list[float]] = {"ttft": [], "e2e": []}
+        self._itl: list[tuple[float, int]] = []  # (seconds per token, tokens)
+        self._last_totals: dict[str, float] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._labels = {"model": model, "version": version}
+        self._engine_wide = engine_wide
+        kinds = pb_utils.MetricFamily
+
+        def family(name: str, description: str, kind) -> object:
+            return kinds(name=name, description=description, kind=kind)
+
+        def histogram(name: str, description: str, buckets: list[float]):
+            return family(name, description, kinds.HISTOGRAM).Metric(labels=self._labels, buckets=buckets)
+
+        self._histograms = {
+            "ttft": histogram(
+                "moe_time_to_first_token_seconds",
+                "Arrival of a streaming request to its first response",
+                _TTFT_BUCKETS,
+            ),
+            "itl": histogram(
+                "moe_inter_token_latency_seconds",
+                "Gap between responses divided by their tokens; evenly sampled above 100 tokens/s",
+                _ITL_BUCKETS,
+            ),
+            "e2e": histogram(
+                "moe_e2e_request_latency_seconds", "Arrival of a request to its final response", _E2E_BUCKETS
+            ),
+        }
+        self._families = {
+            "prompt": family("moe_prompt_tokens_total", "Prompt tokens of completed requests", kinds.COUNTER),
+            "generation": family("moe_generation_tokens_total", "Tokens handed to clients", kinds.COUNTER),
+            "requests": family("moe_requests_total", "Ended requests by outcome", kinds.COUNTER),
+            "preemptions": family("moe_preemptions_total", "Sequences that gave their KV blocks back", kinds.COUNTER),
+            "prefix_hits": family(
+                "moe_prefix_cache_hits_total", "Prompt tokens found in the prefix cache", kinds.COUNTER
+            ),
+            "running": family("moe_requests_running", "Requests that have produced a token", kinds.GAUGE),
+            "waiting": family("moe_requests_waiting", "Requests without a token yet", kinds.GAUGE),
+            "kv": family("moe_kv_cache_usage_ratio", "KV blocks in use / all", kinds.GAUGE),
+            "threshold": family("moe_brownout_threshold", "Brownout threshold in force", kinds.GAUGE),
+        }
+        self._metrics: dict[tuple[str, str], object] = {}
+        for name in ("prompt", "generation", "running", "waiting"):
+            self._metric(name)
+        self._metric("requests", outcome="completed")
+
+    def start(self, read_stats: Callable[[], list[Stats]]) -> None:
+        """Flush once a second, with the engines' statistics from `read_stats`."""
+        self._read_stats = read_stats
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def first_response(self, seconds: float) -> None:
+        with self._lock:
+            self._observations["ttft"].append(seconds)
+
+    def tokens(self, count: int, gap_s: float | None) -> None:
+        """`count` tokens were handed over, `gap_s` after the response before (None: it was the first)."""
+        with self._lock:
+            self._counts["generation", ""] += count
+            if gap_s is not None and count:
+                self._itl.append((gap_s / count, count))
+
+    def ended(self, outcome: str, prompt_tokens: int, seconds: float | None) -> None:
+        """A request ended; `seconds` from arrival to its final response if it completed."""
+        with self._lock:
+            self._counts["requests", outcome] += 1
+            if seconds is not None:
+                self._counts["prompt", ""] += prompt_tokens
+                self._observations["e2e"].append(seconds)
+
+    def flush(self, stats: list[Stats]) -> None:
+        """Hand everything collected to Triton; `stats` has one entry per connected engine."""
+        with self._lock:
+            counts, self._counts = self._counts, defaultdict(float)
+            observations, self._observations = self._observations, {"ttft": [], "e2e": []}
+            itl, self._itl = self._itl, []
+        for (name, outcome), value in counts.items():
+            self._metric(name, **({"outcome": outcome} if outcome else {})).increment(value)
+        for name, values in observations.items():
+            for value in values:
+                self._histograms[name].observe(value)
+        for value in thin(itl, MAX_ITL_OBSERVATIONS):
+            self._histograms["itl"].observe(value)
+        self._metric("running").set(sum(s.client_running for s in stats))
+        self._metric("waiting").set(sum(s.client_waiting for s in stats))
+        if self._engine_wide and stats:
+            self._metric("kv").set(sum(s.kv_usage_ratio for s in stats) / len(stats))
+            self._metric("threshold", phase="prefill").set(stats[0].threshold_prefill)
+            self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
+            self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
+            self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
+
+    def _run(self) -> None:
+        while not self._closed.wait(FLUSH_PERIOD_S):
+            try:
+                self.flush(self._read_stats())
+            except Exception:
+                log.exception("metrics could not be written")
+
+    def _raise_to(self, name: str, total: float) -> None:
+        """Increase a counter to an engine's total, which starts anew with each engine process."""
+        last = self._last_totals.get(name, 0)
+        self._last_totals[name] = total
+        self._metric(name).increment(total - last if total >= last else total)
+
+    def _metric(self, name: str, **labels: str):
+        key = (name, ",".join(labels.values()))
+        if key not in self._metrics:
+            self._metrics[key] = self._families[name].Metric(labels=self._labels | labels)
+        return self._metrics[key]
+
+
+def thin(weighted: list[tuple[float, int]], limit: int) -> list[float]:
+    """At most `limit` values of a weighted list, evenly spaced in weight over the sorted values; all if they are fewer."""
+    total = sum(weight for _, weight in weighted)
+    if total <= limit:
+        return [value for value, weight in weighted for _ in range(weight)]
+    ordered = sorted(weighted)
+    chosen, position, seen = [], 0, 0
+    for i in range(limit):
+        target = (i + 0.5) * total / limit
+        while seen + ordered[position][1] <= target:
+            seen += ordered[position][1]
+            position += 1
+        chosen.append(ordered[position][0])
+    return chosen

@@ -1,0 +1,127 @@
+"""Starts an engine process and keeps it alive, from inside whichever stub holds the engine's lock.
+
+Every stub runs a Supervisor per engine. The one that gets the lock file starts the engine, waits for its end and restarts
+it with backoff; when that stub leaves, another takes over and adopts the running engine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from backend.config import EngineConfig
+from backend.serving.protocol import EXIT_CONFIG, EngineRecord, ProcessWatch
+
+log = logging.getLogger(__name__)
+
+#: Written by the launcher before it ends the engines: they must not come back.
+SHUTDOWN_MARK = "shutting-down"
+BACKOFF_S = (0.2, 1.0, 2.0, 5.0)
+#: An engine that ran this long is healthy again: the count of failures starts anew.
+_HEALTHY_AFTER_S = 30.0
+_POLL_S = 0.1
+
+
+class Supervisor(threading.Thread):
+    """Watches engine `index`; its state is in EngineRecord, for every stub to read."""
+
+    def __init__(self, config: EngineConfig, index: int, runtime_dir: Path, server_pid: int) -> None:
+        super().__init__(name=f"engine-{index}-supervisor", daemon=True)
+        self._config = config
+        self._index = index
+        self._runtime_dir = runtime_dir
+        self._server_pid = server_pid
+        self._stop_event = threading.Event()
+
+    def stop(self) -> None:
+        """Stop watching. The engine goes on for the other stubs, or ends by itself when none is left."""
+        self._stop_event.set()
+
+    def run(self) -> None:
+        with open(self._runtime_dir / f"engine-{self._index}.lock", "w") as lock:
+            while not self._stop_event.is_set():
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._stop_event.wait(_POLL_S)
+                else:
+                    self._lead()
+                    return
+
+    def _lead(self) -> None:
+        """Start or adopt the engine and restart it after each unwanted end, until this stub leaves or it is hopeless."""
+        num_failures = 0
+        generation = 0
+        if record := EngineRecord.read(self._runtime_dir, self._index):
+            generation = record.generation
+            if record.state in ("starting", "ready") and ProcessWatch(record.pid).alive():
+                self._wait_for_end(ProcessWatch(record.pid))
+        while not self._stop_event.is_set() and not self._shutting_down():
+            generation += 1
+            started = time.monotonic()
+            status = self._run_once(generation)
+            if status is None or self._shutting_down():
+                return
+            record = EngineRecord.read(self._runtime_dir, self._index) or EngineRecord("failed")
+            record.generation = generation
+            record.error = record.error or f"the engine process ended with status {status}"
+            num_failures = 1 if time.monotonic() - started > _HEALTHY_AFTER_S else num_failures + 1
+            never_ready = generation == 1 and record.state == "starting"
+            if status == EXIT_CONFIG or never_ready or num_failures > len(BACKOFF_S):
+                record.state = "failed"
+                record.write(self._runtime_dir, self._index)
+                log.error("engine %d is given up: %s", self._index, record.error)
+                return
+            backoff_s = BACKOFF_S[num_failures - 1]
+            log.error("engine %d ended (%s); it is restarted in %g s", self._index, record.error, backoff_s)
+            record.state, record.error = "restarting", ""
+            record.write(self._runtime_dir, self._index)
+            self._stop_event.wait(backoff_s)
+
+    def _run_once(self, generation: int) -> int | None:
+        """Start the engine and wait; its exit status, or None if this stub leaves first."""
+        record = EngineRecord("starting", generation, config=self._config.to_dict())
+        record.write(self._runtime_dir, self._index)
+        command = [python_executable(), "-m", "backend.serving.engine_process"]
+        command += ["--runtime-dir", str(self._runtime_dir), "--index", str(self._index)]
+        command += ["--generation", str(generation), "--server-pid", str(self._server_pid)]
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.environ.get("PYTHONPATH", "")
+        env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
+        assert process.stdin is not None
+        try:
+            process.stdin.write(msgspec.json.encode(self._config.to_dict()))
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died at once; its status says so
+        while (status := process.poll()) is None:
+            if self._stop_event.wait(_POLL_S):
+                return None
+        return status
+
+    def _wait_for_end(self, process: ProcessWatch) -> None:
+        while process.alive() and not self._stop_event.wait(_POLL_S):
+            pass
+
+    def _shutting_down(self) -> bool:
+        return (self._runtime_dir / SHUTDOWN_MARK).exists()
+
+
+def python_executable() -> str:
+    """The interpreter with the project's packages. Inside a Triton stub sys.executable may name the stub itself."""
+    if "python" in Path(sys.executable or "").name:
+        return sys.executable
+    found = shutil.which("python3")
+    if found is None:
+        raise RuntimeError("no python3 on PATH to start the engine process with")
+    return found

@@ -1,0 +1,21 @@
+"""Triton entry point of the one-response model; everything is in backend.serving.adapter."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import triton_python_backend_utils as pb_utils  # noqa: E402
+
+from backend.serving.adapter import MoeLlmModel  # noqa: E402
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self._model = MoeLlmModel(pb_utils, args)
+
+    def execute(self, requests):
+        self._model.execute(requests)
+
+    def finalize(self):
+        self._model.finalize()

@@ -1,0 +1,169 @@
+"""The scheduler's promises: budget, pool, order, progress, and that every sequence ends exactly once."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backend.engine.block_manager import BlockManager
+from backend.engine.request import PRIORITY_STEP_S, Request, Sequence
+from backend.engine.sampling_params import SamplingParams
+from backend.engine.scheduler import Schedule, Scheduler
+
+
+def make_sequence(prompt, max_tokens=4, priority=0, arrival=0.0) -> Sequence:
+    request = Request(object(), prompt, SamplingParams(max_tokens=max_tokens, priority=priority), arrival)
+    return request.sequences[0]
+
+
+def make_scheduler(num_blocks=16, block_size=4, max_batch_tokens=8, max_running=4) -> Scheduler:
+    return Scheduler(BlockManager(num_blocks, block_size), max_batch_tokens, max_running)
+
+
+def run_step(scheduler: Scheduler, next_token=lambda s: 1000 + len(s.tokens)) -> Schedule:
+    """One step with an imaginary model: book, append a token where all known ones are computed, finish at max_tokens."""
+    work = scheduler.schedule()
+    for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
+        scheduler.computed(sequence, count)
+        if sequence.num_computed == len(sequence.tokens):
+            sequence.tokens.append(next_token(sequence))
+            if sequence.num_output >= sequence.request.params.max_tokens:
+                scheduler.remove(sequence, "length")
+    return work
+
+
+def test_long_prompt_is_computed_in_chunks_of_the_budget():
+    scheduler = make_scheduler()
+    sequence = make_sequence(range(20), max_tokens=1)
+    scheduler.add(sequence)
+    chunks = [run_step(scheduler).num_tokens for _ in range(3)]
+    assert chunks == [[8], [8], [4]]
+    assert sequence.finished and not scheduler.running
+
+
+def test_decodes_go_on_while_a_long_prompt_is_computed():
+    scheduler = make_scheduler(num_blocks=64)
+    short, long = make_sequence([1], max_tokens=8), make_sequence(range(30), arrival=1.0)
+    scheduler.add(short)
+    run_step(scheduler)
+    scheduler.add(long)
+    for _ in range(4):
+        work = run_step(scheduler)
+        assert work.sequences[0] is short and work.num_tokens[0] == 1 and work.num_decodes == 1
+        assert sum(work.num_tokens) <= 8
+    assert long.num_computed == 28
+
+
+def test_prefix_of_an_earlier_sequence_is_not_computed_again():
+    scheduler = make_scheduler(max_batch_tokens=32)
+    first = make_sequence(list(range(12)), max_tokens=1)
+    scheduler.add(first)
+    run_step(scheduler)
+    second = make_sequence([*range(12), 99], max_tokens=1)
+    scheduler.add(second)
+    work = scheduler.schedule()
+    assert work.num_tokens == [1] and second.num_computed == 12
+
+
+def test_identical_prompt_still_computes_one_token():
+    scheduler = make_scheduler(max_batch_tokens=32)
+    for _ in range(2):
+        sequence = make_sequence(list(range(12)), max_tokens=1)
+        scheduler.add(sequence)
+        work = run_step(scheduler)
+    assert work.num_tokens == [4], "the last block is computed anew for its logits"
+
+
+def test_last_in_order_is_preempted_and_finishes_later():
+    scheduler = make_scheduler(num_blocks=5, block_size=2, max_batch_tokens=16)
+    first = make_sequence([1, 2], max_tokens=6, arrival=0.0)
+    second = make_sequence([3, 4], max_tokens=6, arrival=1.0)
+    scheduler.add(first)
+    scheduler.add(second)
+    for _ in range(60):
+        if first.finished and second.finished:
+            break
+        run_step(scheduler)
+        scheduler.blocks.check()
+    assert first.finished and second.finished and scheduler.num_preemptions > 0
+    assert second.num_output == 6
+    assert scheduler.blocks.num_in_use == 0
+
+
+def test_priority_goes_first_but_only_by_a_bounded_time():
+    scheduler = make_scheduler(max_running=1)
+    late_urgent = make_sequence([1], max_tokens=1, priority=-1, arrival=PRIORITY_STEP_S - 1)
+    early = make_sequence([2], max_tokens=1, arrival=0.0)
+    too_late_urgent = make_sequence([3], max_tokens=1, priority=-1, arrival=PRIORITY_STEP_S + 1)
+    for sequence in (too_late_urgent, early, late_urgent):
+        scheduler.add(sequence)
+    order = [run_step(scheduler).sequences[0] for _ in range(3)]
+    assert order == [late_urgent, early, too_late_urgent]
+
+
+def test_removed_while_waiting_never_runs():
+    scheduler = make_scheduler()
+    sequences = [make_sequence([i], arrival=float(i)) for i in range(300)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for sequence in sequences[:-1]:
+        scheduler.remove(sequence, "abort")
+    assert scheduler.num_waiting == 1
+    assert run_step(scheduler).sequences == sequences[-1:]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_blocks=st.integers(4, 24),
+    block_size=st.sampled_from([1, 2, 4]),
+    max_batch_tokens=st.integers(1, 20),
+    max_running=st.integers(1, 8),
+)
+def test_random_traces_keep_every_promise(seed, num_blocks, block_size, max_batch_tokens, max_running):
+    rng = random.Random(seed)
+    scheduler = make_scheduler(num_blocks, block_size, max_batch_tokens, max_running)
+    longest = num_blocks * block_size
+    alive: dict[int, Sequence] = {}
+    expected: dict[int, int] = {}
+    outputs: dict[int, list[int]] = {}
+    now, added = 0.0, 0
+    for _ in range(2000):
+        now += 1
+        if added < 25 and rng.random() < 0.5:
+            length = rng.randint(1, longest - 1)
+            max_tokens = rng.randint(1, longest - length)
+            # Few distinct tokens, so that prefixes are shared.
+            prompt = [rng.randint(0, 1) for _ in range(length)]
+            sequence = make_sequence(prompt, max_tokens, rng.randint(-1, 1), now)
+            number = sequence.request.number
+            alive[number], expected[number] = sequence, max_tokens
+            scheduler.add(sequence)
+            added += 1
+        if alive and rng.random() < 0.03:
+            number = rng.choice(list(alive))
+            scheduler.remove(alive.pop(number), "abort")
+            del expected[number]
+        first_running = scheduler.running[0] if scheduler.running else None
+        work = run_step(scheduler, next_token=lambda s: len(s.tokens) % 3)
+        assert sum(work.num_tokens) <= max_batch_tokens
+        assert len(scheduler.running) <= max_running
+        assert [n == 1 for n in work.num_tokens] == sorted((n == 1 for n in work.num_tokens), reverse=True)
+        assert len(set(map(id, work.sequences))) == len(work.sequences)
+        scheduler.blocks.check()
+        held = [b for s in scheduler.running for b in s.blocks]
+        assert scheduler.blocks.num_in_use == len(set(held)), "a block leaked"
+        for sequence in scheduler.running:
+            assert sequence.num_computed <= len(sequence.tokens)
+            assert len(sequence.blocks) * block_size >= sequence.num_computed
+            writable = list(sequence.blocks)[sequence.num_published :]
+            assert all(held.count(b) == 1 for b in writable), "a block that will be written is shared"
+        if first_running is not None:
+            assert first_running in work.sequences or first_running.finished, "the first in order stood still"
+        for number in [n for n, s in alive.items() if s.finished]:
+            outputs[number] = alive.pop(number).tokens
+        if added >= 25 and not alive:
+            break
+    assert not alive, "a sequence starved"
+    assert set(outputs) == set(expected)
+    assert scheduler.blocks.num_in_use == 0 and scheduler.num_waiting == 0 and not scheduler.running

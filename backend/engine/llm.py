@@ -11,7 +11,6 @@ from backend.engine.detokenizer import Detokenizer
 from backend.engine.engine import Engine
 from backend.engine.request import FINISH_STOP, Request, RequestEnded
 from backend.engine.sampling_params import SamplingParams
-from backend.errors import InvalidRequestError
 from backend.serving.tokenizer import load_tokenizer
 
 
@@ -56,9 +55,11 @@ class LLM:
     def stream(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | None = None
     ) -> Iterator[tuple[int, int, Completion]]:
-        """Like `generate`, but yields (prompt number, sequence index, what is new) after every step."""
+        """Like `generate`, but yields (prompt number, sequence index, what is new) token by token.
+
+        Raises RuntimeError if the engine ends a request with an error (a timeout, say); the others are aborted then.
+        """
         params = (params or SamplingParams()).validate()
-        # Stop strings are found in the text, after the engine has numbered the token: the sequence is aborted then.
         requests = [
             Request(number, self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt), params)
             for number, prompt in enumerate(prompts)
@@ -66,23 +67,27 @@ class LLM:
         for request in requests:
             self.engine.check(request)
         detokenizers = {
-            (number, index): Detokenizer(self.tokenizer, params.stop)
+            (number, index): Detokenizer(self.tokenizer, params.stop, min_tokens=params.min_tokens, continues=True)
             for number in range(len(requests))
             for index in range(params.n)
         }
         waiting = iter(requests)
         pending: Request | None = next(waiting, None)
-        while pending is not None or self.engine.has_work:
-            while pending is not None and self.engine.has_room:
-                self.engine.add(pending)
-                pending = next(waiting, None)
-            for event in self.engine.step():
-                if isinstance(event, RequestEnded):
-                    raise InvalidRequestError(f"prompt {event.request_id}: {event.message}")
-                detokenizer = detokenizers[event.request_id, event.index]
-                text = detokenizer.append([event.token_id], event.finish_reason is not None)
-                reason = event.finish_reason or ""
-                if detokenizer.stopped:
-                    reason = FINISH_STOP
-                    self.engine.abort(event.request_id, event.index)
-                yield event.request_id, event.index, Completion(text, [event.token_id], reason, event.logprob)
+        try:
+            while pending is not None or self.engine.has_work:
+                while pending is not None and self.engine.has_room:
+                    self.engine.add(pending)
+                    pending = next(waiting, None)
+                for event in self.engine.step():
+                    if isinstance(event, RequestEnded):
+                        raise RuntimeError(f"prompt {event.request_id}: {event.message}")
+                    detokenizer = detokenizers[event.request_id, event.index]
+                    text = detokenizer.append([event.token_id], event.finish_reason is not None)
+                    reason = event.finish_reason or ""
+                    if detokenizer.stopped:
+                        reason = FINISH_STOP
+                        self.engine.abort(event.request_id, event.index)
+                    yield event.request_id, event.index, Completion(text, [event.token_id], reason, event.logprob)
+        finally:
+            for request in requests:
+                self.engine.abort(request.request_id)

@@ -35,7 +35,7 @@ class ModelRunner:
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config)
         self.kv_cache = KVCache(
-            self.model.config, self.num_blocks, config.block_size, dtype=self.model.dtype, device=self.device
+            self.model.config, self.num_blocks, config.block_size, dtype=self.model.kv_dtype, device=self.device
         )
         self.apply(Settings())
         log.info(
@@ -58,7 +58,7 @@ class ModelRunner:
         return self.model.forward(build_batch(schedule, self.block_size, self.device), self.kv_cache)
 
     def _block_bytes(self, config: EngineConfig) -> int:
-        return KVCache.block_bytes(self.model.config, config.block_size, self.model.dtype)
+        return KVCache.block_bytes(self.model.config, config.block_size, self.model.kv_dtype)
 
     def _num_blocks(self, config: EngineConfig) -> int:
         least = -(-self.max_model_len // config.block_size)

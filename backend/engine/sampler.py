@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backend.engine.nucleus import sample_filtered
 from backend.engine.penalties import SampleRow, penalised
 from backend.engine.sampling_params import SamplingParams
 
@@ -32,8 +33,9 @@ CHUNK = 64
 TILE_ELEMENTS = 2**20
 #: Candidates kept for rows with a top_k up to this …
 SMALL_TOP_K = 64
-#: … and for other filtered rows on a CPU; a row whose filters keep more than that is sorted.
-MANY_CANDIDATES = 512
+#: … and for other filtered rows on a CPU, if the vocabulary is large; few rows' filters keep more.
+MANY_CANDIDATES = 256
+LARGE_VOCABULARY = 2**15
 
 _LOW_32 = 2**32 - 1
 _INT64_MIN = -(2**63)
@@ -237,16 +239,6 @@ def _best_tokens(x: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]
     return x.gather(1, ids), ids
 
 
-def _sorted_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[G, V] logits and ids of all tokens in order."""
-    keys = _keys(x, torch.arange(x.shape[1], device=x.device))
-    if x.device.type == "cpu":  # numpy's sort is several times faster than torch's
-        ids = _ids_of(torch.from_numpy(np.sort(keys.numpy())).flip(-1))
-    else:
-        ids = _ids_of(keys.sort(descending=True).values)
-    return x.gather(1, ids), ids
-
-
 def _sample_prefix(
     values: Tensor,
     ids: Tensor,
@@ -285,13 +277,20 @@ def _sample_prefix(
 
 def _sample_filtered(x: Tensor, maxima: Tensor, best: Tensor, *columns: Tensor) -> Tensor:
     """[G, 1] tokens of rows whose filters may keep any number of tokens."""
-    if x.device.type != "cpu" or x.shape[1] <= MANY_CANDIDATES:
-        return _sample_prefix(*_sorted_tokens(x), None, *columns)[0]
-    mass = _to_units(_chunked(_weights(x, best, columns[1]), torch.sum), _UNIT).sum(-1, keepdim=True)
-    tokens, enough = _sample_prefix(*_best_tokens(x, maxima, MANY_CANDIDATES), mass, *columns)
-    more = (~enough).flatten().nonzero().flatten()
-    if len(more):
-        tokens[more] = _sample_prefix(*_sorted_tokens(x[more]), None, *(c[more] for c in columns))[0]
+    vocab = x.shape[1]
+    if x.device.type != "cpu":
+        keys = _keys(x, torch.arange(vocab, device=x.device))
+        ids = _ids_of(keys.sort(descending=True).values)
+        return _sample_prefix(x.gather(1, ids), ids, None, *columns)[0]
+    weights = _weights(x, best, columns[1])
+    if vocab > LARGE_VOCABULARY:
+        mass = _to_units(_chunked(weights, torch.sum), _UNIT).sum(-1, keepdim=True)
+        tokens, enough = _sample_prefix(*_best_tokens(x, maxima, MANY_CANDIDATES), mass, *columns)
+    else:
+        tokens, enough = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best, dtype=torch.bool)
+    for g in (~enough & best.isfinite()).flatten().nonzero().flatten().tolist():
+        u, _, top_k, top_p, min_p = (column[g].item() for column in columns)
+        tokens[g] = sample_filtered(weights[g].numpy(), u, int(top_k), top_p, min_p)
     return tokens
 
 

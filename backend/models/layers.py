@@ -26,11 +26,16 @@ class Backing:
     """Where a model's tensors live, of which type they are, and the kernels that work on them."""
 
     dtype: torch.dtype
+    #: Type of hidden states and of the vectors that act on them elementwise: norms, biases.
+    activation_dtype: torch.dtype
     device: torch.device
     kernels: ModuleType
 
-    def empty(self, *shape: int) -> Tensor:
+    def matrix(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def vector(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=self.activation_dtype, device=self.device)
 
 
 class Linear:
@@ -39,8 +44,8 @@ class Linear:
     def __init__(self, backing: Backing, in_size: int, out_sizes: Sequence[int], bias: bool = False) -> None:
         self.kernels = backing.kernels
         self.out_sizes = list(out_sizes)
-        self.weight = backing.empty(sum(out_sizes), in_size)
-        self.bias = backing.empty(sum(out_sizes)) if bias else None
+        self.weight = backing.matrix(sum(out_sizes), in_size)
+        self.bias = backing.vector(sum(out_sizes)) if bias else None
 
     def weights(self, *names: str) -> Iterator[NamedWeight]:
         """One name per stacked projection, without `.weight`."""
@@ -60,7 +65,7 @@ class RMSNorm:
 
     def __init__(self, backing: Backing, size: int, eps: float) -> None:
         self.kernels = backing.kernels
-        self.weight = backing.empty(size)
+        self.weight = backing.vector(size)
         self.eps = eps
 
     def weights(self, name: str) -> Iterator[NamedWeight]:
@@ -97,9 +102,9 @@ class RotaryAngles:
     def __init__(self, backing: Backing, config: ModelConfig) -> None:
         inv_freq, self.scaling = rope_frequencies(config.rope, config.head_dim)
         self.inv_freq = inv_freq.to(backing.device)
-        self.dtype = backing.dtype
+        self.dtype = backing.activation_dtype
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [T] -> cos, sin [T, head_dim / 2] in the model's type, computed in float32."""
+        """positions [T] -> cos, sin [T, head_dim / 2] in the activations' type, computed in float32."""
         angles = positions.float().unsqueeze(1) * self.inv_freq
         return (angles.cos() * self.scaling).to(self.dtype), (angles.sin() * self.scaling).to(self.dtype)

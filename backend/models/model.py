@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backend.brownout.settings import TOKEN_CLASSES
 from backend.kernels import kernels_for
-from backend.models.attention import Attention, KVCache
+from backend.models.attention import Attention, KVCache, StepAttention
 from backend.models.config import ModelConfig
 from backend.models.forward_batch import ForwardBatch
 from backend.models.layers import Backing, GatedMLP, NamedWeight, RMSNorm, RotaryAngles
@@ -53,18 +53,19 @@ class MoeModel:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Tensors are allocated but not filled: `load_model` does that."""
         self.config, self.dtype, self.device = config, dtype, device
-        #: Type of the KV cache this model runs fastest with: torch's CPU attention is several times slower on 16-bit types.
-        self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
-        backing = Backing(dtype, device, kernels_for(device))
-        self.kernels = backing.kernels
+        #: Type of hidden states and of the KV cache. On a CPU float32 whatever the weights' type: arithmetic on 16-bit types
+        #: is several times slower there.
+        self.kv_dtype = self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
+        self.kernels = kernels_for(device)
+        backing = Backing(dtype, self.activation_dtype, device, self.kernels)
         #: [layers, classes] float32 brownout thresholds, read by every MoE block of a step.
         self.thresholds = torch.ones(config.num_layers, len(TOKEN_CLASSES), device=device)
-        self.embedding = backing.empty(config.vocab_size, config.hidden_size)
+        self.embedding = backing.matrix(config.vocab_size, config.hidden_size)
         self.angles = RotaryAngles(backing, config)
         self.layers = [DecoderLayer(backing, config, i, self.thresholds[i]) for i in range(config.num_layers)]
         self.final_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.lm_head = self.embedding if tied else backing.empty(config.vocab_size, config.hidden_size)
+        self.lm_head = self.embedding if tied else backing.matrix(config.vocab_size, config.hidden_size)
 
     def weights(self) -> Iterator[NamedWeight]:
         """Every tensor of the checkpoint by its name there, as a view to fill."""
@@ -87,12 +88,13 @@ class MoeModel:
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""
         angles = self.angles(batch.positions)
-        residual = F.embedding(batch.token_ids, self.embedding)
+        step = StepAttention(self.config, self.kernels, batch, kv_cache.block_size)
+        residual = F.embedding(batch.token_ids, self.embedding).to(self.activation_dtype)
         x = self.layers[0].input_norm(residual)
         for i, layer in enumerate(self.layers):
             if i:
                 x = layer.input_norm.after_add(x, residual)
-            x = layer.attention(x, angles, batch, kv_cache.k[i], kv_cache.v[i])
+            x = layer.attention(x, angles, step, (kv_cache.k[i], kv_cache.v[i]))
             x = layer.post_attention_norm.after_add(x, residual)
             x = layer.feed_forward(x, batch.token_class)
         rows = batch.logit_rows

@@ -22,7 +22,7 @@ class MoeBlock:
         self.top_k, self.renormalize = config.top_k, config.norm_topk_prob
         self.names = config.names
         self.thresholds = thresholds
-        self.router = backing.empty(config.num_experts, config.hidden_size)
+        self.router = backing.matrix(config.num_experts, config.hidden_size)
         #: [E] float32 added to the router's logits; dummy models skew their routing with it.
         self.router_bias: Tensor | None = None
         self.expert_map = ExpertMap(config.num_experts, config.num_experts, backing.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +66,12 @@ class LiveRequest:
         self.last_sent_s = arrival
         self._prompt_text = prompt_text
         self.num_prompt_tokens = num_prompt_tokens
-        self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        stop = parsed.params.stop
-        self._sequences = [_Sequence(Detokenizer(tokenizer, stop)) for _ in range(parsed.params.n)]
+        params = parsed.params
+        self._sequences = [
+            _Sequence(Detokenizer(tokenizer, params.stop, min_tokens=params.min_tokens, continues=True))
+            for _ in range(params.n)
+        ]
         self._settings_version = 0
         self._error: tuple[Outcome, str] | None = None
         self._ended = False
@@ -92,7 +95,7 @@ class LiveRequest:
             if token.logprob is not None:
                 sequence.cumulative_logprob += token.logprob
                 if self.parsed.return_logprobs:
-                    sequence.logprobs.append(self._logprob_entry(token))
+                    sequence.logprobs.append(_logprob_entry(token, sequence.detokenizer.decode_token))
             sequence.token_ids.append(token.token_id)
             sequence.finish_reason = token.finish_reason or ""
             stopped = False
@@ -159,18 +162,14 @@ class LiveRequest:
             )
         return outputs
 
-    def _logprob_entry(self, token: TokenOutput) -> dict:
-        """Log-probabilities at one position, as vLLM's Triton backend writes them: {id: {logprob, rank, decoded_token}}."""
-        chosen = {"logprob": token.logprob, "rank": token.rank}
-        entry = {str(token.token_id): chosen | {"decoded_token": self._decode(token.token_id)}}
-        for rank, (token_id, logprob) in enumerate(token.top or (), start=1):
-            entry.setdefault(
-                str(token_id), {"logprob": logprob, "rank": rank, "decoded_token": self._decode(token_id)}
-            )
-        return entry
 
-    def _decode(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+def _logprob_entry(token: TokenOutput, decode: Callable[[int], str]) -> dict:
+    """Log-probabilities at one position, as vLLM's Triton backend writes them: {id: {logprob, rank, decoded_token}}."""
+    chosen = {"logprob": token.logprob, "rank": token.rank, "decoded_token": decode(token.token_id)}
+    entry = {str(token.token_id): chosen}
+    for rank, (token_id, logprob) in enumerate(token.top or (), start=1):
+        entry.setdefault(str(token_id), {"logprob": logprob, "rank": rank, "decoded_token": decode(token_id)})
+    return entry
 
 
 def _strings(values) -> np.ndarray:

@@ -96,7 +96,10 @@ class Supervisor(threading.Thread):
         command += ["--generation", str(generation), "--server-pid", str(self._server_pid)]
         root = str(Path(__file__).resolve().parents[2])
         path = os.environ.get("PYTHONPATH", "")
-        env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+        # The engine shares its cores with Triton and the stubs. OpenMP threads that spin while they wait for each other
+        # would hold up the very thread they wait for: steps took up to 18 times as long on two busy cores.
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        env["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
         assert process.stdin is not None
         try:

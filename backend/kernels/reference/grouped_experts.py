@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backend.kernels.reference.linear import matmul_into
+
 
 def grouped_experts_forward(
     hidden: Tensor,  # [T, M]
@@ -18,7 +20,7 @@ def grouped_experts_forward(
 
     Assignments are sorted by slot, so that each active slot's weights are read once and its rows are contiguous.
     """
-    top_k, size = slots.shape[1], w2.shape[2]
+    size = w2.shape[2]
     flat = slots.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat + 1, minlength=w13.shape[0] + 1).tolist()
@@ -27,15 +29,16 @@ def grouped_experts_forward(
         if count:
             spans.append((slot, start, start + count))
             start += count
-    rows = order // top_k
-    x = hidden.index_select(0, rows)
+    x = hidden.index_select(0, order // slots.shape[1])
     gate_up = x.new_empty(x.shape[0], 2 * size)
     for slot, start, end in spans:
-        torch.mm(x[start:end], w13[slot].t(), out=gate_up[start:end])
+        matmul_into(x[start:end], w13[slot], gate_up[start:end])
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
-    y = torch.zeros_like(x) if counts[0] else torch.empty_like(x)
+    y = x  # not needed any more
+    y[: counts[0]] = 0
     for slot, start, end in spans:
-        torch.mm(act[start:end], w2[slot].t(), out=y[start:end])
-    # Back to [T, K, M]; the weighted sum over k is one small batched product.
-    unsorted = torch.empty_like(y).index_copy_(0, order, y).view(slots.shape[0], top_k, -1)
-    return torch.bmm(weights.unsqueeze(1).to(y.dtype), unsorted).squeeze(1)
+        matmul_into(act[start:end], w2[slot], y[start:end])
+    # Un-sort, weigh and add up in one pass.
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return F.embedding_bag(places.view(slots.shape), y, mode="sum", per_sample_weights=weights.to(y.dtype))

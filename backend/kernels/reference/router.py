@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from backend.kernels.reference.linear import linear
 
 
 def route(
@@ -18,7 +19,7 @@ def route(
 
     `renormalize` makes a token's weights sum to 1. Returns experts [T, K] int64 and weights [T, K] float32.
     """
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     if bias is not None:
         logits += bias
     weights, experts = torch.softmax(logits, dim=-1).topk(top_k, dim=-1)

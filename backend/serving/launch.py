@@ -1,0 +1,270 @@
+"""Run Triton with this repository's models and keep it running: `python -m backend.serving.launch --help`.
+
+    start ─▶ ready ─▶ watch ──(server or a stub died)──▶ end all its processes ─▶ back off ─▶ start …
+                        └──(SIGTERM, SIGINT)──▶ engines drain ─▶ server stops ─▶ kill what is left
+
+Triton cannot end the streams of a stub that died, so a dead stub means a new server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from backend.errors import ConfigError
+from backend.serving.launch_failure import failure_sentence
+from backend.serving.launch_options import DRAIN_TIMEOUT_ENV, LaunchOptions, parse_options
+from backend.serving.launch_processes import (
+    StubWatch,
+    become_subreaper,
+    die_with_parent,
+    engine_processes,
+    has_ended,
+    kill_descendants,
+    reap_orphans,
+)
+from backend.serving.launch_workspace import Workspace
+from backend.serving.protocol import RUNTIME_DIR_ENV
+from backend.serving.supervisor import SHUTDOWN_MARK
+from backend.serving.triton_server import locate_server
+
+_POLL_S = 0.1
+_PROBE_TIMEOUT_S = 1.0
+#: Beyond the drain timeout: by the first the engines have aborted what was left, by the second Triton has unloaded its
+#: models and ended. What still runs then is killed, so with the default drain timeout all is gone within 10 s.
+_ENGINE_GRACE_S = 1.0
+_SERVER_GRACE_S = 4.0
+#: Seconds before each restart in a row; one failure more and the launcher gives up.
+RESTART_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 4.0)
+#: A server that was ready for so long has recovered: its next failure is a first one.
+_HEALTHY_AFTER_S = 60.0
+
+
+class _StopRequested(Exception):
+    """SIGTERM, SIGINT or SIGHUP came, or the parent is gone."""
+
+
+class Launcher:
+    """One launch: a server at a time, and everything below it."""
+
+    def __init__(self, options: LaunchOptions) -> None:
+        self._options = options
+        self._parent_pid = os.getppid()
+        self._stop_signals = 0
+        self._workspace = Workspace()
+        try:
+            self._log_path, self._log = _open_log(options.log)
+        except BaseException:
+            self._workspace.remove()
+            raise
+        self._server: subprocess.Popen[bytes] | None = None
+        #: Where the present server's output starts in the log.
+        self._log_start = 0
+
+    def run(self) -> int:
+        """Serve until told to stop (0) or until it is hopeless (1)."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        become_subreaper()
+        if self._options.log is None:
+            _note(f"the server's log is {self._log_path}")
+        try:
+            return self._serve()
+        except _StopRequested:
+            self._stop_gracefully()
+            return 0
+        finally:
+            kill_descendants()
+            self._workspace.remove()
+            self._log.close()
+
+    def _serve(self) -> int:
+        num_failures = 0
+        announced = False
+        while True:
+            started = time.monotonic()
+            self._start_server()
+            failure = self._wait_ready()
+            if failure is None:
+                ready = time.monotonic()
+                if announced:
+                    _note(f"the server is ready again after {ready - started:.1f} s")
+                else:
+                    print(self._ready_line(), flush=True)
+                    announced = True
+                failure = self._watch()
+                if time.monotonic() - ready > _HEALTHY_AFTER_S:
+                    num_failures = 0
+            elif not announced:
+                _note(failure)
+                return 1
+            if num_failures == len(RESTART_BACKOFF_S):
+                _note(f"the server is given up after {num_failures + 1} failures in a row, the last: {failure}")
+                return 1
+            _note(f"{failure}; the server is restarted")
+            kill_descendants()
+            self._workspace.clear()
+            self._sleep(RESTART_BACKOFF_S[num_failures])
+            num_failures += 1
+
+    def _start_server(self) -> None:
+        options = self._options
+        server = locate_server(self._workspace.path)
+        command = [str(server.binary), f"--id={self._workspace.name}"]
+        command += [f"--model-repository={options.model_repository}", f"--backend-directory={server.backend_dir}"]
+        command += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in options.models)]
+        for service, port in options.ports.items():
+            command += [f"--{service}-address={options.host}", f"--{service}-port={port}"]
+        command += [f"--backend-config=python,shm-region-prefix-name={self._workspace.name}"]
+        env = {
+            **server.env,
+            RUNTIME_DIR_ENV: str(self._workspace.path),
+            DRAIN_TIMEOUT_ENV: f"{options.drain_timeout_s:g}",
+        }
+        self._log_start = self._log.seek(0, os.SEEK_END)
+        # A session of its own: a terminal's Ctrl-C reaches the launcher alone, which ends the rest in the right order.
+        self._server = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+
+    def _wait_ready(self) -> str | None:
+        """None once every model is ready, else a sentence that says why the server will not be."""
+        timeout_s = self._options.startup_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._server_ended():
+                return self._why_it_ended()
+            if self._is_ready():
+                return None
+            self._sleep(_POLL_S)
+        return f"the models were not ready within {timeout_s:g} s (--startup-timeout); the log is {self._log_path}"
+
+    def _watch(self) -> str:
+        """Watch the ready server until it or a stub dies; says which."""
+        stubs = StubWatch(self._workspace.path)
+        while True:
+            if self._server_ended():
+                return self._why_it_ended()
+            if (stub := stubs.crashed()) is not None:
+                return f"the stub of {stub.model} (pid {stub.pid}) died"
+            self._sleep(_POLL_S)
+
+    def _server_ended(self) -> bool:
+        assert self._server is not None
+        reap_orphans(self._server.pid)
+        return self._server.poll() is not None
+
+    def _why_it_ended(self) -> str:
+        assert self._server is not None
+        status = self._server.returncode
+        if status < 0:
+            return f"the Triton server was killed by {signal.Signals(-status).name}"
+        with open(self._log_path, errors="replace") as log:
+            log.seek(self._log_start)
+            sentence = failure_sentence(log.read())
+        return sentence or f"the Triton server ended with status {status}; its log is {self._log_path}"
+
+    def _is_ready(self) -> bool:
+        """Whether our own server (another program may sit on the port) has all models ready and all its ports open."""
+        connection = http.client.HTTPConnection(
+            self._options.reachable_host, self._options.http_port, timeout=_PROBE_TIMEOUT_S
+        )
+        try:
+            connection.request("GET", "/v2/health/ready")
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                return False
+            connection.request("GET", "/v2")
+            if json.loads(connection.getresponse().read()).get("name") != self._workspace.name:
+                return False
+            # The metrics service starts after the HTTP service, the gRPC service before it.
+            address = (self._options.reachable_host, self._options.metrics_port)
+            socket.create_connection(address, timeout=_PROBE_TIMEOUT_S).close()
+        except (OSError, http.client.HTTPException, ValueError):
+            return False
+        finally:
+            connection.close()
+        return True
+
+    def _ready_line(self) -> str:
+        host = self._options.reachable_host
+        return "READY " + " ".join(f"{name}={host}:{port}" for name, port in self._options.ports.items())
+
+    def _stop_gracefully(self) -> None:
+        """Engines end their requests first, as a live stream keeps Triton from stopping; bounded at every step."""
+        if self._server is None:
+            return
+        drained = time.monotonic() + self._options.drain_timeout_s
+        (self._workspace.path / SHUTDOWN_MARK).touch()
+        engines = engine_processes(self._workspace.path)
+        for engine in engines:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.terminate()
+        self._wait_until(lambda: all(map(has_ended, engines)), drained + _ENGINE_GRACE_S)
+        self._server.terminate()
+        self._wait_until(self._server_ended, drained + _SERVER_GRACE_S)
+
+    def _wait_until(self, done: Callable[[], bool], deadline: float) -> None:
+        """Until `done()`, the deadline, or a second signal."""
+        while not done() and time.monotonic() < deadline and self._stop_signals < 2:
+            time.sleep(_POLL_S)
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep in pieces; a stop request ends it as _StopRequested."""
+        deadline = time.monotonic() + seconds
+        while True:
+            orphaned = self._options.stop_with_parent and os.getppid() != self._parent_pid
+            if self._stop_signals or orphaned:
+                raise _StopRequested
+            if (left := deadline - time.monotonic()) <= 0:
+                return
+            time.sleep(min(left, _POLL_S))
+
+    def _on_signal(self, _signal: int, _frame: object) -> None:
+        self._stop_signals += 1
+
+
+def _open_log(path: Path | None) -> tuple[Path, IO[bytes]]:
+    if path is None:
+        handle, name = tempfile.mkstemp(prefix="brownoutserve-", suffix=".log")
+        return Path(name), os.fdopen(handle, "ab")
+    try:
+        return path.absolute(), open(path, "ab")
+    except OSError as error:
+        raise ConfigError(f"the log file {path} cannot be written: {error.strerror} (--log)") from None
+
+
+def _note(sentence: str) -> None:
+    print(f"launch: {sentence}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return Launcher(parse_options(argv)).run()
+    except ConfigError as error:
+        _note(str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Engine alone, beside transformers on the same checkpoint and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from backend.brownout.settings import Settings
+from backend.config import EngineConfig
+from backend.engine.engine import Engine
+from backend.engine.request import Request, TokenOutput
+from backend.engine.sampling_params import SamplingParams
+from backend.models.dummy import PREFIX
+from loadtest.bench.peers import TransformersPeer, export_shape
+from loadtest.bench.workload import Rates, Workload, machine, peak_memory_bytes
+
+
+class OurEngine:
+    """The product's engine as the benchmark drives it."""
+
+    def __init__(self, config: EngineConfig, settings: Settings) -> None:
+        self.engine = Engine(config)
+        self.engine.set_settings(settings)
+
+    def time_s(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """Seconds from handing over all prompts to the last token. No prompt is cached from an earlier run."""
+        self.engine.blocks.clear_cache()
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        started = time.perf_counter()
+        for number, prompt in enumerate(prompts):
+            self.engine.add(Request(number, prompt, params))
+        tokens = 0
+        while self.engine.has_work:
+            tokens += sum(isinstance(event, TokenOutput) for event in self.engine.step())
+        elapsed = time.perf_counter() - started
+        if tokens != len(prompts) * new_tokens:
+            raise RuntimeError(f"{tokens} tokens were made instead of {len(prompts) * new_tokens}")
+        return elapsed
+
+
+def run(
+    *,
+    checkpoint: str,
+    work: Workload,
+    settings: Settings,
+    device: str,
+    dtype: str,
+    routing: str,
+    runs: int,
+    peers: list[str],
+) -> dict[str, object]:
+    """Measure ours and the peers in turn, run by run; returns the result as written to JSON."""
+    with contextlib.ExitStack() as stack:
+        if peers and checkpoint.startswith(PREFIX):
+            # Peers read files: seeded weights are written once, and everyone loads them from there.
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+            checkpoint = str(export_shape(checkpoint, folder, dtype))
+        config = EngineConfig(
+            checkpoint=checkpoint,
+            routing=routing,
+            device=device,
+            dtype=dtype,
+            max_model_len=work.prompt_tokens + work.new_tokens,
+            max_running=max(256, work.requests),
+            max_waiting=max(1024, work.requests),
+        )
+        ours = OurEngine(config, settings)
+        engines: dict[str, object] = {"ours": ours}
+        for peer in peers:
+            engines[peer] = TransformersPeer(checkpoint, ours.engine.runner.device, dtype)
+        prompts = work.prompts(ours.engine.vocab_size)
+        measured: dict[str, list[Rates]] = {name: [] for name in engines}
+        for number in range(runs + 1):
+            for name, engine in engines.items():
+                first_s = engine.time_s(prompts, 1)
+                all_s = engine.time_s(prompts, work.new_tokens)
+                if number:  # the first round warms up
+                    measured[name].append(Rates.of(work, first_s, all_s))
+    result: dict[str, object] = {}
+    median = Rates.median(measured["ours"])
+    result |= {f: getattr(median, f) for f in Rates.__struct_fields__}
+    result |= {
+        "step_ms": work.requests / median.decode_tokens_per_s * 1e3,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory_bytes(),
+        "settings": {
+            "threshold_prefill": settings.threshold_prefill,
+            "threshold_decode": settings.threshold_decode,
+            "checkpoint": checkpoint,
+            "dtype": dtype,
+            "device": device,
+            "routing": routing,
+        },
+        "workload": work,
+        "machine": machine(),
+        "runs": measured.pop("ours"),
+    }
+    if peers:
+        result["peers"] = {name: {"median": Rates.median(rates), "runs": rates} for name, rates in measured.items()}
+    return result

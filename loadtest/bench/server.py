@@ -1,0 +1,90 @@
+"""What Triton costs: the same workload on the engine alone and through the server's gRPC streams, in one run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+
+import numpy as np
+import tritonclient.grpc.aio as grpc_aio
+
+from backend.brownout.settings import Settings
+from backend.config import ENV_PREFIX, EngineConfig
+from backend.serving.launch_client import running_server
+from loadtest.bench.engine import OurEngine
+from loadtest.bench.workload import Workload, machine
+from loadtest.clients import STREAM_MODEL
+
+
+async def stream_all(grpc: str, prompts: list[list[int]], new_tokens: int) -> float:
+    """Seconds from the first request to the last response of all streams."""
+    async with grpc_aio.InferenceServerClient(grpc) as client:
+        sampling = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+
+        async def one(prompt: list[int]) -> int:
+            ids = grpc_aio.InferInput("input_ids", [len(prompt)], "INT64")
+            ids.set_data_from_numpy(np.array(prompt, np.int64))
+            parameters = grpc_aio.InferInput("sampling_parameters", [1], "BYTES")
+            parameters.set_data_from_numpy(np.array([json.dumps(sampling).encode()], np.object_))
+            flags = []
+            for name in ("stream", "return_num_output_tokens"):
+                flags.append(grpc_aio.InferInput(name, [1], "BOOL"))
+                flags[-1].set_data_from_numpy(np.array([True]))
+
+            async def requests():
+                yield {
+                    "model_name": STREAM_MODEL,
+                    "inputs": [ids, parameters, *flags],
+                    "enable_empty_final_response": True,
+                }
+
+            tokens = 0
+            async for result, error in client.stream_infer(requests()):
+                if error is not None:
+                    raise error
+                if len(result.get_response().outputs):
+                    tokens += int(result.as_numpy("num_output_tokens")[0])
+                if result.get_response().parameters["triton_final_response"].bool_param:
+                    break
+            return tokens
+
+        started = time.perf_counter()
+        counts = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        elapsed = time.perf_counter() - started
+    if counts != [new_tokens] * len(prompts):
+        raise RuntimeError(f"streams brought {counts} tokens instead of {new_tokens} each")
+    return elapsed
+
+
+def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int) -> dict[str, object]:
+    """Output tokens per second of both, their ratio run by run."""
+    parameters = {
+        "checkpoint": checkpoint,
+        "dtype": dtype,
+        "device": device,
+        "max_model_len": work.prompt_tokens + work.new_tokens,
+    }
+    ours = OurEngine(EngineConfig(**parameters), Settings())
+    env = {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in parameters.items()}}
+    tokens = work.requests * work.new_tokens
+    pairs: list[dict[str, float]] = []
+    with running_server(env=env) as server:
+        for number in range(runs + 1):
+            # Prompts differ from run to run, so that the server's prefix cache holds none of them.
+            prompts = Workload(
+                requests=work.requests, prompt_tokens=work.prompt_tokens, new_tokens=work.new_tokens, seed=number
+            ).prompts(ours.engine.vocab_size)
+            engine_s = ours.time_s(prompts, work.new_tokens)
+            server_s = asyncio.run(stream_all(server.grpc, prompts, work.new_tokens))
+            if number:
+                pairs.append(
+                    {
+                        "engine_tokens_per_s": tokens / engine_s,
+                        "server_tokens_per_s": tokens / server_s,
+                        "ratio": engine_s / server_s,
+                    }
+                )
+    medians = {name: float(np.median([pair[name] for pair in pairs])) for name in pairs[0]}
+    return {**medians, "workload": work, "settings": parameters, "machine": machine(), "runs": pairs}

@@ -1,0 +1,181 @@
+"""Stub and engine process without Triton: start, share, die, come back, hand over, go."""
+
+import os
+import threading
+import time
+
+import psutil
+import pytest
+
+from backend.config import EngineConfig
+from backend.engine.sampling_params import SamplingParams
+from backend.errors import ConfigError, UnavailableError
+from backend.serving.client import EngineClient
+from backend.serving.protocol import EngineRecord
+
+CONFIG = EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=4)
+
+
+class Stub:
+    """An EngineClient that keeps what it hears."""
+
+    def __init__(self, runtime_dir, name="stub", config=CONFIG, server_pid=None):
+        self.tokens, self.ended, self.lost = {}, {}, {}
+        self.changed = threading.Condition()
+        self.client = EngineClient(name, config, runtime_dir, server_pid or os.getpid(), self._outputs, self._lost)
+
+    def _outputs(self, outputs):
+        with self.changed:
+            for token in outputs.tokens:
+                self.tokens.setdefault(token.request_id, []).append(token)
+            for ended in outputs.ended:
+                self.ended[ended.request_id] = ended
+            self.changed.notify_all()
+
+    def _lost(self, request_ids, reason):
+        with self.changed:
+            self.lost |= dict.fromkeys(request_ids, reason)
+            self.changed.notify_all()
+
+    def submit(self, number, max_tokens=5, **more):
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **more)
+        self.client.submit(number, [1, 2, 3], params, time.monotonic())
+
+    def wait(self, condition, timeout=20):
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout), "it did not happen in time"
+
+    def finished(self, number):
+        return self.tokens.get(number) and self.tokens[number][-1].finish_reason
+
+
+def engine_pid(runtime_dir, index=0):
+    return EngineRecord.read(runtime_dir, index).pid
+
+
+def wait_until(condition, timeout=20):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def stub(tmp_path):
+    stub = Stub(tmp_path)
+    info = stub.client.start()
+    assert info.vocab_size == 512 and info.max_model_len == 1024
+    yield stub
+    stub.client.close()
+
+
+def test_tokens_come_back_and_a_full_queue_is_refused(stub):
+    for number in range(30):
+        stub.submit(number, max_tokens=3)
+    stub.wait(lambda: sum(bool(stub.finished(n)) or n in stub.ended for n in range(30)) == 30)
+    refused = [ended for ended in stub.ended.values()]
+    assert all(ended.outcome == "rejected" and "queue is full" in ended.message for ended in refused)
+    assert all(len(tokens) == 3 for tokens in stub.tokens.values())
+
+
+def test_killed_engine_loses_its_requests_and_comes_back(stub, tmp_path):
+    stub.submit(1, max_tokens=900)
+    stub.wait(lambda: 1 in stub.tokens)
+    first = engine_pid(tmp_path)
+    os.kill(first, 9)
+    stub.wait(lambda: 1 in stub.lost, timeout=2)
+    assert "ended unexpectedly" in stub.lost[1]
+    with pytest.raises(UnavailableError, match="being restarted; retry in about"):
+        stub.submit(2)
+
+    def accepted():
+        try:
+            stub.submit(3)
+            return True
+        except UnavailableError:
+            return False
+
+    wait_until(accepted)
+    stub.wait(lambda: stub.finished(3))
+    assert engine_pid(tmp_path) != first
+    assert 1 not in stub.ended and list(stub.lost) == [1]
+
+
+def test_two_stubs_share_one_engine_and_one_takes_over_from_the_other(stub, tmp_path):
+    other = Stub(tmp_path, "other")
+    other.client.start()
+    pid = engine_pid(tmp_path)
+    try:
+        stub.submit(1)
+        other.submit(1)
+        stub.wait(lambda: stub.finished(1))
+        other.wait(lambda: other.finished(1))
+        stub.client.close()  # it started the engine
+        other.submit(2)
+        other.wait(lambda: other.finished(2))
+        assert engine_pid(tmp_path) == pid, "the engine went on"
+        os.kill(pid, 9)
+        wait_until(lambda: engine_pid(tmp_path) != pid and EngineRecord.read(tmp_path, 0).state == "ready")
+    finally:
+        other.client.close()
+
+
+def test_another_configuration_is_refused(stub, tmp_path):
+    with pytest.raises(ConfigError, match="another value of parameter max_waiting"):
+        Stub(tmp_path, "other", EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=9)).client.start()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=2), "kv_cache_blocks gives 2 KV blocks"),
+        (EngineConfig(checkpoint="/does/not/exist"), "parameter checkpoint"),
+    ],
+)
+def test_start_up_failure_is_one_sentence_and_not_retried(tmp_path, config, message):
+    with pytest.raises(ConfigError, match=message):
+        Stub(tmp_path, config=config).client.start()
+    assert EngineRecord.read(tmp_path, 0).generation == 1
+
+
+def test_abort_ends_a_request_silently(stub):
+    stub.submit(1, max_tokens=900)
+    stub.wait(lambda: 1 in stub.tokens)
+    stub.client.abort(1)
+    wait_until(lambda: stub.client.stats() and stub.client.stats()[0].load == 0)
+    assert not stub.finished(1) and 1 not in stub.ended
+
+
+def test_sigterm_drains_and_the_engine_is_not_restarted_while_shutting_down(stub, tmp_path):
+    stub.submit(1, max_tokens=50)
+    stub.wait(lambda: 1 in stub.tokens)
+    pid = engine_pid(tmp_path)
+    (tmp_path / "shutting-down").touch()
+    os.kill(pid, 15)
+    stub.wait(lambda: stub.finished(1) or 1 in stub.ended)
+    wait_until(lambda: EngineRecord.read(tmp_path, 0).state == "stopped")
+    time.sleep(0.5)
+    assert engine_pid(tmp_path) == pid
+
+
+def test_engine_ends_with_its_server(tmp_path):
+    server = psutil.Popen(["sleep", "60"])
+    stub = Stub(tmp_path, server_pid=server.pid)
+    stub.client.start()
+    engine = psutil.Process(engine_pid(tmp_path))
+    (tmp_path / "shutting-down").touch()
+    server.kill()
+    server.wait()
+    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout=5)
+    stub.client.close()
+
+
+def test_each_device_has_an_engine_and_load_is_spread(tmp_path):
+    stub = Stub(tmp_path, config=EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=100, device="cpu,cpu:0"))
+    stub.client.start()
+    try:
+        for number in range(4):
+            stub.submit(number, max_tokens=300)
+        wait_until(lambda: [s.load for s in stub.client.stats()] == [2, 2])
+    finally:
+        stub.client.close()

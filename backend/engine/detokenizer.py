@@ -109,7 +109,9 @@ class Detokenizer:
             continues: the text continues another one, so a space at its beginning stays (SentencePiece).
         """
         self._pieces = tokenizer.pieces
-        self._text = _ByteText() if self._pieces.byte_level else _PieceText(self._pieces.drops_first_space and not continues)
+        self._text = (
+            _ByteText() if self._pieces.byte_level else _PieceText(self._pieces.drops_first_space and not continues)
+        )
         self._stop = _StopStrings(stop)
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens

@@ -31,7 +31,11 @@ def sample_filtered(weights: np.ndarray, u: float, top_k: int, top_p: float, min
         limit = top_k - (int(counts[last - 1]) if last else 0)
         total = _before(masses, last) + weights[_members(weights, buckets, last)[:limit]].sum(dtype=np.float64)
     nucleus = top_p * total
-    end = min(last, int(np.searchsorted(masses, nucleus)), _NUM_BUCKETS - 1 - (int(np.float32(min_p).view(np.int32)) >> _SHIFT))
+    end = min(
+        last,
+        int(np.searchsorted(masses, nucleus)),
+        _NUM_BUCKETS - 1 - (int(np.float32(min_p).view(np.int32)) >> _SHIFT),
+    )
     members = _members(weights, buckets, end)
     if top_k > 0 and end == last:
         members = members[:limit]

@@ -312,7 +312,9 @@ def _report(x: Tensor, tokens: Tensor, tile: list[int], rows: Sequence[SampleRow
     return torch.cat([part.double() for part in parts], 1).flatten()
 
 
-def _fill(results: list[Sampled], tile: list[int], rows: Sequence[SampleRow], numbers: Iterator[float], vocab: int) -> None:
+def _fill(
+    results: list[Sampled], tile: list[int], rows: Sequence[SampleRow], numbers: Iterator[float], vocab: int
+) -> None:
     """Unpack what `_report` made of the same tile into the results."""
     count = min(_num_top(tile, rows), vocab)
     for index in tile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from typing import Literal
 
 import msgspec
@@ -58,7 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
-                raise InvalidRequestError(f"{key} must be {allowed}, got {getattr(self, key)!r}")
+                raise InvalidRequestError(f"{key} must be {allowed}, got {reprlib.repr(getattr(self, key))}")
 
         try:
             checked = msgspec.convert(msgspec.structs.asdict(self), SamplingParams)

@@ -249,9 +249,13 @@ def _open_log(path: Path | None) -> tuple[Path, IO[bytes]]:
         handle, name = tempfile.mkstemp(prefix="brownoutserve-", suffix=".log")
         return Path(name), os.fdopen(handle, "ab")
     try:
-        return path.absolute(), open(path, "ab")
+        file = path.open("ab")
     except OSError as error:
         raise ConfigError(f"the log file {path} cannot be written: {error.strerror} (--log)") from None
+    if not file.seekable():
+        file.close()
+        raise ConfigError(f"the log {path} must be a file, not a pipe or a terminal: the launcher reads it too (--log)")
+    return path.absolute(), file
 
 
 def _note(sentence: str) -> None:

@@ -58,7 +58,7 @@ def running_server(
     """Start the server, wait until it is ready, end it and all its processes on the way out.
 
     `env` is added to this process's environment. Port 0 is a free one. Without `log` the server's output goes to a
-    temporary file that is removed in the end. A server that does not start is a ConfigError with the launcher's sentence.
+    temporary file that is removed in the end. A server that does not start is a ConfigError with the launcher's reason.
     """
     with contextlib.ExitStack() as stack:
         if log is None:

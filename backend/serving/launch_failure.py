@@ -33,7 +33,7 @@ def failure_sentence(log: str) -> str | None:
 
 
 def _clean(text: str) -> str:
-    """One line without quoting, status code and traceback. Triton logs messages as JSON strings, older versions as text."""
+    """One line without quoting, status code and traceback. Triton logs messages as JSON strings, in places as text."""
     text = text.strip()
     if text.endswith('"'):
         try:

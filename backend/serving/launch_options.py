@@ -55,13 +55,17 @@ def parse_options(argv: list[str] | None) -> LaunchOptions:
         "every process it started; a second one ends them at once. Exit status: 0 ended on request, 1 failed, 2 usage.",
     )
     option = parser.add_argument
-    option("--host", default="127.0.0.1", help="IPv4 address to listen on; 0.0.0.0 is every interface (default 127.0.0.1)")
+    option(
+        "--host", default="127.0.0.1", help="IPv4 address to listen on; 0.0.0.0 is every interface (default 127.0.0.1)"
+    )
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         option(f"--{name}-port", type=_port, default=port, metavar="P", help=f"0 picks a free one (default {port})")
     option("--log", type=Path, metavar="FILE", help="append server output to it (default: a new file, named on stderr)")
     option("--model-repository", type=Path, metavar="DIR", help="default: this repository's own")
     option("--models", nargs="+", metavar="NAME", help="models to load (default: every model of the model repository)")
-    option("--startup-timeout", type=_seconds, default=600.0, metavar="S", help="for all models to load (default 600 s)")
+    option(
+        "--startup-timeout", type=_seconds, default=600.0, metavar="S", help="for all models to load (default 600 s)"
+    )
     option(
         "--drain-timeout",
         type=_seconds,

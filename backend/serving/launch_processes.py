@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -70,10 +71,8 @@ def kill_descendants(timeout_s: float = 3.0) -> list[psutil.Process]:
     deadline = time.monotonic() + timeout_s
     while (processes := live_descendants()) and time.monotonic() < deadline:
         for process in processes:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         time.sleep(0.02)
     return processes
 

@@ -27,7 +27,7 @@ class Workspace:
             parent = "/tmp"
         _sweep(Path(parent))
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = open(self.path / _LOCK, "w")
+        self._lock = open(self.path / _LOCK, "w")  # noqa: SIM115 - held until remove()
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     @property

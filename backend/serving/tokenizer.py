@@ -87,7 +87,9 @@ def load_tokenizer(checkpoint: str, vocab_size: int | None) -> Tokenizer:
         return Tokenizer(backend, [backend.token_to_id(EOS_TOKEN)])
     folder = Path(checkpoint)
     if not folder.is_dir():
-        raise ConfigError(f"parameter checkpoint: there is no folder {checkpoint}; give a Hugging Face checkpoint folder")
+        raise ConfigError(
+            f"parameter checkpoint: there is no folder {checkpoint}; give a Hugging Face checkpoint folder"
+        )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"parameter checkpoint: {checkpoint} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer files of "

@@ -19,6 +19,8 @@ from backend.errors import ConfigError
 CONTAINER_ROOT = Path("/opt/tritonserver")
 #: The folder that holds `backend` and `model_repository`.
 PRODUCT_ROOT = Path(__file__).resolve().parents[2]
+#: First and last version, as in pyproject.toml.
+SUPPORTED_PYTHON = ((3, 11), (3, 12))
 
 _STUB = "triton_python_backend_stub"
 _BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
@@ -136,3 +138,24 @@ def _server_env(environ: Mapping[str, str], libraries: Iterable[Path]) -> dict[s
 
 def _joined(*parts: Path | str | None) -> str:
     return os.pathsep.join(str(part) for part in parts if part)
+
+
+def main() -> int:
+    """`python -m backend.serving.triton_server`: status 0 if this interpreter can carry the project, else 1 and the reason."""
+    try:
+        if not SUPPORTED_PYTHON[0] <= sys.version_info[:2] <= SUPPORTED_PYTHON[1]:
+            raise ConfigError(f"{sys.executable} is Python {_version()}; the project needs Python 3.11 or 3.12")
+        if importlib.util.find_spec("ensurepip") is None:
+            raise ConfigError(
+                f"{sys.executable} cannot make virtual environments: install ensurepip (on Debian and Ubuntu the package "
+                f"python{_version()}-venv)"
+            )
+        find_libpython()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

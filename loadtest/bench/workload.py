@@ -54,7 +54,7 @@ def machine() -> dict[str, object]:
     facts: dict[str, object] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }

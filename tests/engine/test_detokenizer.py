@@ -15,7 +15,10 @@ from backend.engine.detokenizer import MAX_HELD_BYTES, REPLACEMENT, Detokenizer,
 from backend.errors import ConfigError
 from backend.serving.tokenizer import Tokenizer
 
-CORPUS = ["Hello world, the stop is near. 你好，世界 🎉🎉 naïve café Привет мир\n\tif x == 1:", "a stop, astop, stopped"] * 3
+CORPUS = [
+    "Hello world, the stop is near. 你好，世界 🎉🎉 naïve café Привет мир\n\tif x == 1:",
+    "a stop, astop, stopped",
+] * 3
 
 
 @cache
@@ -233,7 +236,9 @@ def test_single_tokens_for_logprobs() -> None:
         None,
         decoders.WordPiece(),
         decoders.Metaspace(),
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 0, 1)]
+        ),
         decoders.Sequence([decoders.Replace("▁", "_"), decoders.ByteFallback(), decoders.Fuse()]),
     ],
     ids=str,

@@ -107,7 +107,12 @@ def test_flat_distributions_over_large_vocabularies(params: SamplingParams) -> N
 def test_tokens_of_no_probability_are_never_drawn() -> None:
     logits = torch.full((200,), -torch.inf)
     logits[[3, 150, 199]] = torch.tensor([0.0, 1.0, 2.0])
-    for params in (SamplingParams(), SamplingParams(top_p=0.999), SamplingParams(top_k=50), SamplingParams(min_p=0.001)):
+    for params in (
+        SamplingParams(),
+        SamplingParams(top_p=0.999),
+        SamplingParams(top_k=50),
+        SamplingParams(min_p=0.001),
+    ):
         assert_distributed(draw(logits, params, 3000), reference_probs(logits, params))
 
 

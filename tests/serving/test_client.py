@@ -122,7 +122,9 @@ def test_two_stubs_share_one_engine_and_one_takes_over_from_the_other(stub, tmp_
 
 def test_another_configuration_is_refused(stub, tmp_path):
     with pytest.raises(ConfigError, match="another value of parameter max_waiting"):
-        Stub(tmp_path, "other", EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=9)).client.start()
+        Stub(
+            tmp_path, "other", EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=9)
+        ).client.start()
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def test_triton_parameters_are_used_if_there_are_no_sampling_parameters() -> Non
     assert parse(parameters=parameters).params == SamplingParams(
         **{**ALL, "stop": ("a",), "stop_token_ids": (1, 2), "ignore_eos": True, "brownout": "never"}
     )
-    assert parse(parameters={"temperature": 0.5, "nonsense": 1}, sampling={"top_k": 3}).params == SamplingParams(top_k=3)
+    assert parse(parameters={"temperature": 0.5, "nonsense": 1}, sampling={"top_k": 3}).params == SamplingParams(
+        top_k=3
+    )
 
 
 def test_tritons_own_parameters_are_no_sampling_parameters() -> None:

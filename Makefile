@@ -1,0 +1,59 @@
+# Targets: setup demo test serve lint clean. `make demo` and `make test` on a bare clone set everything up first.
+SHELL := bash
+VENV := .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := requirements.txt requirements-server.txt
+# Set-up is done when the stamp of the present requirements is there.
+STAMP := $(VENV)/.setup-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
+# The interpreter to make the environment with: Python 3.11 or 3.12 with a shared libpython. Default: the first on PATH.
+PYTHON ?=
+# Further arguments of the command that a target runs, such as: make serve ARGS="--http-port 9000"
+ARGS ?=
+
+.PHONY: setup demo test serve lint clean
+
+setup: $(STAMP)
+
+$(STAMP): | $(VENV)/.made
+	$(PY) -m pip install "$$(grep '^torch==' requirements.txt)"
+	$(PY) -m pip install -r requirements.txt
+	test -x /opt/tritonserver/bin/tritonserver || $(PY) -m pip install --no-deps -r requirements-server.txt
+	@rm -f $(VENV)/.setup-*
+	@touch $@
+	@echo "Set-up is done: $(VENV)"
+
+# An environment whose making was interrupted has no .made and is made again.
+$(VENV)/.made:
+	@set -eu; \
+	if [ -n "$(PYTHON)" ]; then \
+	  "$(PYTHON)" -m backend.serving.triton_server; chosen="$(PYTHON)"; \
+	else \
+	  chosen=; reasons=; \
+	  for name in python3.11 python3.12 python3; do \
+	    if reason=$$("$$name" -m backend.serving.triton_server 2>&1); then chosen=$$name; break; fi; \
+	    reasons="$$reasons"$$'\n'"  $$name: $$(tail -n 1 <<< "$$reason")"; \
+	  done; \
+	  if [ -z "$$chosen" ]; then \
+	    echo "No usable Python found; name one with: make setup PYTHON=/path/to/python3.11$$reasons" >&2; exit 1; \
+	  fi; \
+	fi; \
+	echo "Making $(VENV) with $$("$$chosen" --version) ($$chosen)"; \
+	"$$chosen" -m venv --clear $(VENV); \
+	touch $@
+
+demo: setup
+	$(PY) -m loadtest.demo $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+serve: setup
+	exec $(PY) -m backend.serving.launch $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf results build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

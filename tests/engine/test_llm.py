@@ -1,0 +1,48 @@
+"""Text in, text out: the documented use without Triton."""
+
+import pytest
+
+from backend.engine.llm import LLM
+from backend.engine.sampling_params import SamplingParams
+from backend.errors import InvalidRequestError
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("dummy:tiny", max_model_len=128, kv_cache_blocks=64, max_waiting=2)
+
+
+def test_generate_completes_more_prompts_than_may_wait(llm):
+    params = SamplingParams(max_tokens=6, n=2, seed=3, ignore_eos=True, logprobs=0)
+    results = llm.generate(["Once", "upon", "a", [1, 2, 3], "time"], params)
+    assert [len(completions) for completions in results] == [2] * 5
+    for completions in results:
+        for completion in completions:
+            assert len(completion.token_ids) == 6 and completion.finish_reason == "length"
+            assert completion.text == llm.tokenizer.decode(completion.token_ids)
+            assert completion.cumulative_logprob < 0
+    assert not llm.engine.has_work
+
+
+def test_stop_string_ends_a_sequence(llm):
+    greedy = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    full = llm.generate(["Hello"], greedy)[0][0].text
+    stop = full[5:8]
+    (completion,) = llm.generate(["Hello"], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(stop,)))[0]
+    assert completion.text == full[: full.index(stop)] and completion.finish_reason == "stop"
+    assert not llm.engine.has_work
+
+
+def test_abandoned_stream_leaves_nothing_behind(llm):
+    stream = llm.stream(["Hello", "there"], SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert not llm.engine.has_work and llm.engine.blocks.num_in_use == 0
+
+
+def test_one_unusable_prompt_stops_the_call_before_anything_runs(llm):
+    with pytest.raises(InvalidRequestError, match="at most 127"):
+        llm.generate(["fine", list(range(128))])
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        llm.generate(["fine"], SamplingParams(temperature=-1))
+    assert not llm.engine.has_work

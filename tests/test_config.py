@@ -1,0 +1,45 @@
+"""Parameters: what is read from where, and that every unusable value is named with what is allowed."""
+
+import pytest
+
+from backend.config import EngineConfig
+from backend.errors import ConfigError
+
+
+def test_environment_wins_and_empty_means_default():
+    parameters = {"max_running": "4", "max_waiting": "", "kv_cache_memory": "1.5G"}
+    config = EngineConfig.from_parameters(parameters, {"MOE_LLM_MAX_RUNNING": " 8 ", "MOE_LLM_KV_CACHE_MEMORY": ""})
+    assert config.max_running == 8
+    assert config.max_waiting == EngineConfig.max_waiting
+    assert config.kv_cache_memory is None, "an empty environment value unsets the parameter"
+    assert EngineConfig.from_parameters(parameters, {}).kv_cache_memory == 3 * 2**29
+
+
+def test_config_survives_the_way_to_the_engine_process():
+    config = EngineConfig(checkpoint="dummy:tiny", device="cpu,cuda:1", kv_cache_blocks=7)
+    assert EngineConfig(**config.to_dict()) == config
+    assert config.devices == ("cpu", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_runing": "4"}, "unknown parameter 'max_runing'; known parameters: .*max_running"),
+        ({"max_running": "four"}, "max_running must be a whole number, got 'four'"),
+        ({"max_running": "-1"}, "max_running must be at least 1, got -1"),
+        ({"max_batch_tokens": "0"}, "max_batch_tokens must be at least 1"),
+        ({"block_size": "24"}, "block_size must be a power of 2"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"attention_backend": "magic"}, "attention_backend must be one of auto, torch"),
+        ({"kv_cache_memory": "lots"}, "kv_cache_memory must be a number of bytes"),
+        ({"kv_cache_memory": "nan"}, "kv_cache_memory must be a number of bytes"),
+        ({"kv_cache_memory": "1G", "kv_cache_blocks": "5"}, "kv_cache_blocks must be left out when kv_cache_memory"),
+        ({"drain_timeout_s": "-3"}, "drain_timeout_s must be between 0 and 3600"),
+        ({"drain_timeout_s": "nan"}, "drain_timeout_s must be between 0 and 3600"),
+        ({"device": "cpu,,cpu"}, "device must be a device or a comma-separated list"),
+        ({"device": "cpu,cpu"}, "device must be a list without repetitions"),
+    ],
+)
+def test_unusable_values_are_named(parameters, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_parameters(parameters, {})

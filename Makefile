@@ -22,20 +22,17 @@ $(STAMP): | $(VENV)/.made
 	@touch $@
 	@echo "Set-up is done: $(VENV)"
 
-# An environment whose making was interrupted has no .made and is made again.
+# An environment that is there and has a working pip is kept, whatever made it; a half-made one is made again.
 $(VENV)/.made:
 	@set -eu; \
-	if [ -n "$(PYTHON)" ]; then \
-	  "$(PYTHON)" -m backend.serving.triton_server; chosen="$(PYTHON)"; \
-	else \
-	  chosen=; reasons=; \
-	  for name in python3.11 python3.12 python3; do \
-	    if reason=$$("$$name" -m backend.serving.triton_server 2>&1); then chosen=$$name; break; fi; \
-	    reasons="$$reasons"$$'\n'"  $$name: $$(tail -n 1 <<< "$$reason")"; \
-	  done; \
-	  if [ -z "$$chosen" ]; then \
-	    echo "No usable Python found; name one with: make setup PYTHON=/path/to/python3.11$$reasons" >&2; exit 1; \
-	  fi; \
+	if $(PY) -m pip --version > /dev/null 2>&1; then $(PY) -m backend.serving.triton_server; touch $@; exit; fi; \
+	chosen=; reasons=; \
+	for name in $(or $(PYTHON),python3.11 python3.12 python3); do \
+	  if reason=$$("$$name" -m backend.serving.triton_server 2>&1); then chosen=$$name; break; fi; \
+	  reasons="$$reasons"$$'\n'"  $$name: $${reason##*$$'\n'}"; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+	  echo "No usable Python; name another with: make setup PYTHON=/path/to/python3.11$$reasons" >&2; exit 1; \
 	fi; \
 	echo "Making $(VENV) with $$("$$chosen" --version) ($$chosen)"; \
 	"$$chosen" -m venv --clear $(VENV); \

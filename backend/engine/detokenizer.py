@@ -16,16 +16,16 @@ import tokenizers
 from backend.errors import ConfigError
 
 REPLACEMENT = "\ufffd"
-#: A run of SentencePiece byte tokens is decoded as a whole, for one bad byte makes all of it U+FFFD. Text in a script that
-#: the vocabulary lacks would never stream that way: of longer runs the complete characters are released.
+#: A run of SentencePiece byte tokens is decoded as a whole, for one bad byte makes all of it U+FFFD. Text in a script
+#: that the vocabulary lacks would never stream that way: of longer runs the complete characters are released.
 MAX_HELD_BYTES = 64
 
 
 class TokenPieces:
     """What each token contributes to the text, for the two kinds of decoder that language models use.
 
-    Byte-level BPE (Qwen, OLMoE, …): a token is a string of bytes. SentencePiece (Mixtral, …): a token is text, or a single
-    byte written <0xE2>, and one space at the very beginning of a text is dropped.
+    Byte-level BPE (Qwen, OLMoE, …): a token is a string of bytes. SentencePiece (Mixtral, …): a token is text, or a
+    single byte written <0xE2>, and one space at the very beginning of a text is dropped.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -44,8 +44,8 @@ class TokenPieces:
             self._space = _sentencepiece_space(steps)
             if not self._space:
                 raise ConfigError(
-                    f"the tokenizer's decoder ({' + '.join(kinds) or 'none'}) is not supported: byte-level BPE (ByteLevel) and "
-                    "SentencePiece (Replace + ByteFallback + Fuse, then possibly Strip) are"
+                    f"the tokenizer's decoder ({' + '.join(kinds) or 'none'}) is not supported: byte-level BPE "
+                    "(ByteLevel) and SentencePiece (Replace + ByteFallback + Fuse, then possibly Strip) are"
                 )
 
     def is_special(self, token_id: int) -> bool:
@@ -86,8 +86,9 @@ class HasPieces(Protocol):
 class Detokenizer:
     """Turns the output tokens of one sequence into text.
 
-    `stopped` says that a stop string was found; text ends before it and later tokens are ignored. `num_tokens` counts the
-    tokens up to and including the one that completed the stop string. `finished` is true once everything was released.
+    `stopped` says that a stop string was found; text ends before it and later tokens are ignored. `num_tokens` counts
+    the tokens up to and including the one that completed the stop string. `finished` is true once everything was
+    released.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Detokenizer:
 
 
 class _ByteText:
-    """Bytes to text; each maximal part of an ill-formed sequence becomes one U+FFFD, as in Rust and the Unicode standard."""
+    """Bytes to text; each maximal part of an ill-formed sequence becomes one U+FFFD, as in Unicode's recommendation."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -44,6 +44,11 @@ class EngineStats:
     requests_waiting: int
     kv_usage_ratio: float
     settings_version: int
+    #: Of the last step, per MoE layer and per token.
+    active_slots: float
+    assignments_per_token: float
+    #: Share of the last step's assignments that united experts served.
+    united_share: float
 
 
 class Engine:
@@ -132,6 +137,8 @@ class Engine:
         return events
 
     def stats(self) -> EngineStats:
+        """For occasional telemetry: it reads the device."""
+        active_slots, assignments_per_token = self.runner.model.slot_usage()
         return EngineStats(
             num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
@@ -140,6 +147,9 @@ class Engine:
             requests_waiting=len(self._not_started),
             kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
             settings_version=self.settings.version,
+            active_slots=active_slots,
+            assignments_per_token=assignments_per_token,
+            united_share=0.0,
         )
 
     def _book(self, schedule: Schedule) -> list[Sequence]:

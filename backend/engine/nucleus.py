@@ -1,7 +1,7 @@
 """Filtered sampling from one row on a CPU, whatever number of tokens the filters keep, without sorting the row.
 
-Every filter keeps the first tokens in the order (weight descending, id ascending). A histogram over the leading bits of the
-weights finds the bucket where that prefix ends and the bucket where the sample falls; only these are sorted.
+Every filter keeps the first tokens in the order (weight descending, id ascending). A histogram over the leading bits of
+the weights finds the bucket where that prefix ends and the bucket where the sample falls; only these are sorted.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from backend.engine.sampling_params import SamplingParams
 class SampleRow:
     """What the sampler must know of one row of logits.
 
-    `position` is the index of the token to be made, 0 for the first output token. `prompt_ids` and `output_ids` are read
-    only if the parameters have penalties; `eos_token_ids` only while `position < params.min_tokens`. All ids are below the
-    vocabulary's size, except that of stop tokens, which a user may choose.
+    `position` is the index of the token to be made, 0 for the first output token. `prompt_ids` and `output_ids` are
+    read only if the parameters have penalties (arrays are quicker than lists), `eos_token_ids` only while `position <
+    params.min_tokens`. Prompt and output ids are below the vocabulary's size.
     """
 
     params: SamplingParams
@@ -48,7 +48,7 @@ def penalised(x: Tensor, rows: Sequence[SampleRow]) -> Tensor:
             where, terms = (torch.from_numpy(array).to(x.device, non_blocking=True) for array in places)
             flat[where] = change(flat[where], terms)
     if ends:
-        flat[torch.tensor(ends).to(x.device, non_blocking=True)] = -torch.inf
+        flat.index_fill_(0, torch.tensor(ends).to(x.device, non_blocking=True), -torch.inf)
     return flat.view_as(x)
 
 

@@ -1,13 +1,13 @@
 """From logits to tokens: penalties, temperature, top-k / top-p / min-p, log-probabilities.
 
 A row's token depends on its own logits, parameters, seed and position only, never on its neighbours in the batch: each
-row draws one number from a counter-based hash of (seed, position) and inverts its own cumulative distribution, summed in
-integers, for which the order of summation does not matter. Tokens are ranked by (logit descending, id ascending), so ties
-are resolved the same way whatever the batch looks like.
+row draws one number from a counter-based hash of (seed, position) and inverts its own cumulative distribution, summed
+in integers, for which the order of summation does not matter. Tokens are ranked by (logit descending, id ascending), so
+ties are resolved the same way whatever the batch looks like.
 
 A vocabulary of 150 000 is made cheap by reducing rows to the maxima of chunks first: a greedy row looks into its best
-chunk only, and its K best tokens lie in its K best chunks. Rows are grouped by what they need and computed in tiles that
-stay in the processor's cache; everything comes back to the host in one copy.
+chunk only, and its K best tokens lie in its K best chunks. Rows are grouped by what they need and computed in tiles
+that stay in the processor's cache; everything comes back to the host in one copy.
 
 Letters in shape comments: R rows, G rows of one tile, V vocabulary, C chunks of a row, K candidates of a row.
 """
@@ -142,7 +142,7 @@ def _sampled(token: int) -> Sampled:
     return Sampled(token, error=error)
 
 
-# --- choosing -----------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------------------------
 
 
 def _choose(kind: int, x: Tensor, rows: list[SampleRow]) -> Tensor:
@@ -177,7 +177,7 @@ def _chunked(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
 
 
 def _columns(chunks: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """[G, n] chunk numbers → [G, n * CHUNK] the columns they cover, and which of them exist (others repeat the last)."""
+    """[G, n] chunk numbers → [G, n * CHUNK] the columns they cover, which of them exist (others repeat the last)."""
     columns = (chunks.unsqueeze(-1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten(1)
     return columns.clamp(max=vocab - 1), columns < vocab
 
@@ -208,7 +208,7 @@ def _to_units(weights: Tensor, unit: float) -> Tensor:
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF: where u of the total of [G, n] integers falls, and how far into that element, as a share in [0, 1)."""
+    """Inverse CDF: where u of the total of [G, n] integers falls, and how far into that element, a share in [0, 1)."""
     ends = mass.cumsum(-1)
     total = ends[:, -1:]
     target = torch.minimum((u * total.double()).long(), total - 1)
@@ -294,7 +294,7 @@ def _sample_filtered(x: Tensor, maxima: Tensor, best: Tensor, *columns: Tensor) 
     return tokens
 
 
-# --- log-probabilities --------------------------------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------------------------
 
 
 def _num_top(tile: list[int], rows: Sequence[SampleRow]) -> int:
@@ -302,7 +302,7 @@ def _num_top(tile: list[int], rows: Sequence[SampleRow]) -> int:
 
 
 def _report(x: Tensor, tokens: Tensor, tile: list[int], rows: Sequence[SampleRow]) -> Tensor:
-    """Flat float64: per row of [G, V] raw logits its token's log-probability, rank, and the best ids and their values."""
+    """Flat float64: per row of [G, V] raw logits its token's log-probability and rank, the best ids, their values."""
     logprobs = x.log_softmax(-1)
     own = logprobs.gather(1, _take(tokens, tile).clamp(min=0).unsqueeze(-1))
     parts = [own, (logprobs > own).sum(-1, keepdim=True) + 1]
@@ -323,4 +323,5 @@ def _fill(
         if result.error is None:
             result.logprob, result.rank = logprob, int(rank)
             if wanted is not None:
-                result.top = [(int(token), value) for token, value in zip(best[:wanted], best[count : count + wanted])]
+                pairs = zip(map(int, best[:count]), best[count:], strict=True)
+                result.top = list(islice(pairs, wanted))

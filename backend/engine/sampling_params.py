@@ -16,6 +16,8 @@ MAX_N = 64
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 256
+#: A step of priority is worth seconds of arrival time (backend.engine.request); beyond this it would mean starvation.
+MAX_PRIORITY = 100
 #: Temperatures below this are greedy: dividing by them would leave float32's range.
 GREEDY_BELOW = 1e-5
 
@@ -23,11 +25,12 @@ GREEDY_BELOW = 1e-5
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters of one request; names and meanings as in vLLM unless said otherwise.
 
-    `temperature` 0 or `top_k` 1 is greedy; `top_k` 0 or -1 and `top_p` 1 and `min_p` 0 are off. Filters act in the order
-    temperature, top_k, top_p, min_p; of equally likely tokens the lowest ids stay. The penalties act on the logits first:
-    repetition over prompt and output, presence and frequency over the output. Until `min_tokens` are made no stop token
-    is chosen. `logprobs` asks for the N best log-probabilities beside the chosen token's (None: none). `brownout` "never"
-    keeps the request on its original experts. `priority`: lower goes first. `timeout_s` counts from arrival.
+    `temperature` 0 or `top_k` 1 is greedy; `top_k` 0 or -1 and `top_p` 1 and `min_p` 0 are off. Filters act in the
+    order temperature, top_k, top_p, min_p; of equally likely tokens the lowest ids stay. The penalties act on the
+    logits first: repetition over prompt and output, presence and frequency over the output. Until `min_tokens` are made
+    no stop token is chosen. `logprobs` asks for the N best log-probabilities beside the chosen token's (None: none).
+    `brownout` "never" keeps the request on its original experts. `priority`: lower goes first. `timeout_s` counts from
+    arrival.
     """
 
     max_tokens: int = 16
@@ -55,7 +58,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     def validate(self) -> SamplingParams:
-        """Return the same parameters with their exact types, or raise InvalidRequestError naming key and allowed values."""
+        """Return the same parameters with their exact types.
+
+        Raises:
+            InvalidRequestError: naming the first key of a wrong type or out of range, and what is allowed.
+        """
 
         def check(ok: bool, key: str, allowed: str) -> None:
             if not ok:
@@ -84,7 +91,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check(all(0 <= t <= MAX_COUNT for t in self.stop_token_ids), "stop_token_ids", f"made of ids up to {MAX_COUNT}")
         check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
         check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
-        check(-(2**31) <= self.priority < 2**31, "priority", "a 32-bit integer")
+        check(abs(self.priority) <= MAX_PRIORITY, "priority", f"between {-MAX_PRIORITY} and {MAX_PRIORITY}")
         check(self.brownout in ("auto", "never"), "brownout", '"auto" or "never"')
         check(
             self.timeout_s is None or (math.isfinite(self.timeout_s) and self.timeout_s > 0),

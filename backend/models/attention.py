@@ -101,7 +101,9 @@ class Attention:
             yield from self.q_norm.weights(f"{prefix}.q_norm")
             yield from self.k_norm.weights(f"{prefix}.k_norm")
 
-    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepAttention, kv: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepAttention, kv: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """x [T, M], angles (cos, sin) [T, D / 2] -> [T, M]; writes the tokens' keys and values into this layer's cache."""
         qkv = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:

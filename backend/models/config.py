@@ -41,26 +41,28 @@ class ModelConfig:
 
     num_experts: int
     top_k: int
-    #: Intermediate size of one routed expert, of the shared expert (0: there is none), and of layers without experts.
+    #: Intermediate size of one routed expert.
     expert_size: int
-    shared_expert_size: int
-    dense_size: int
-    #: Whether each layer has experts.
-    moe_layers: tuple[bool, ...]
     #: Whether the chosen experts' gate weights are made to sum to 1.
     norm_topk_prob: bool
+    #: Whether each layer has experts.
+    moe_layers: tuple[bool, ...]
+    #: Tokens a query of each layer sees, itself included; None: all.
+    sliding_windows: tuple[int | None, ...]
+    #: Tokens that end a sequence.
+    eos_token_ids: tuple[int, ...]
 
+    #: Intermediate size of the shared expert; 0: there is none.
+    shared_expert_size: int = 0
+    #: Intermediate size of the MLP in layers without experts.
+    dense_size: int = 0
     qkv_bias: bool = False
     output_bias: bool = False
     #: RMSNorm of queries and keys: per head, or over all heads at once.
     qk_norm: Literal["none", "head", "full"] = "none"
     #: Queries, keys and values are clamped to +- this.
     clip_qkv: float | None = None
-    #: Tokens a query of each layer sees, itself included; None: all.
-    sliding_windows: tuple[int | None, ...] = ()
     names: WeightNames = field(default_factory=WeightNames)
-    #: Tokens that end a sequence; filled in from the checkpoint's generation_config.json if it has one.
-    eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -90,17 +92,24 @@ class RawConfig:
             value = self.raw.get(name)
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                    raise ConfigError(f"config.json: {name} must be a whole number of at least {minimum}, got {value!r}")
+                    raise ConfigError(
+                        f"config.json: {name} must be a whole number of at least {minimum}, got {value!r}"
+                    )
                 return value
         if default is None:
             raise ConfigError(f"config.json: {names[0]} is missing")
         return default
 
-    def number(self, name: str, default: float | None = None) -> float | None:
+    def number(self, name: str, default: float) -> float:
         """A positive number, or the default if absent or null."""
+        value = self.optional_number(name)
+        return default if value is None else value
+
+    def optional_number(self, name: str) -> float | None:
+        """A positive number, or None if absent or null."""
         value = self.raw.get(name)
         if value is None:
-            return default
+            return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ConfigError(f"config.json: {name} must be a number greater than 0, got {value!r}")
         return float(value)
@@ -126,8 +135,15 @@ class RawConfig:
                 raise ConfigError(f"config.json: option {name} is not supported")
 
 
-def base_fields(config: RawConfig, default_theta: float = 10_000.0) -> dict[str, object]:
-    """The fields of ModelConfig that all families read alike; a family adds its own or overrides these."""
+def base_config(
+    config: RawConfig,
+    architecture: str,
+    *,
+    expert_size_key: str,
+    default_theta: float = 10_000.0,
+    default_eps: float = 1e-6,
+) -> ModelConfig:
+    """What all families read alike: full attention and experts in every layer. A family replaces what it has otherwise."""
     config.refuse("quantization_config", "dual_chunk_attention_config", "use_mrope", "pruned_heads")
     config.require("hidden_act", "silu")
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
@@ -139,29 +155,30 @@ def base_fields(config: RawConfig, default_theta: float = 10_000.0) -> dict[str,
     trained_length = config.integer("max_position_embeddings")
     rope = RopeConfig.from_raw(config.raw, default_theta, trained_length)
     dtype = str(config.raw.get("dtype") or config.raw.get("torch_dtype") or "float32")
-    return {
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "num_heads": num_heads,
-        "num_kv_heads": config.integer("num_key_value_heads", default=num_heads),
-        "head_dim": config.integer("head_dim", default=hidden_size // num_heads),
-        "vocab_size": config.integer("vocab_size"),
-        "max_position_embeddings": rope.context_length(trained_length),
-        "rms_norm_eps": config.number("rms_norm_eps", 1e-6),
-        "rope": rope,
-        "tie_word_embeddings": config.boolean("tie_word_embeddings", False),
-        "dtype": dtype.removeprefix("torch."),
-        "num_experts": config.integer("num_experts", "num_local_experts"),
-        "top_k": config.integer("num_experts_per_tok"),
-        "shared_expert_size": 0,
-        "dense_size": 0,
-        "moe_layers": (True,) * num_layers,
-        "sliding_windows": (None,) * num_layers,
-        "eos_token_ids": token_ids("config.json", config.raw.get("eos_token_id")),
-    }
+    return ModelConfig(
+        architecture=architecture,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", default=num_heads),
+        head_dim=config.integer("head_dim", default=hidden_size // num_heads),
+        vocab_size=config.integer("vocab_size"),
+        max_position_embeddings=rope.context_length(trained_length),
+        rms_norm_eps=config.number("rms_norm_eps", default_eps),
+        rope=rope,
+        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+        dtype=dtype.removeprefix("torch."),
+        num_experts=config.integer("num_experts", "num_local_experts"),
+        top_k=config.integer("num_experts_per_tok"),
+        expert_size=config.integer(expert_size_key),
+        norm_topk_prob=config.boolean("norm_topk_prob", False),
+        moe_layers=(True,) * num_layers,
+        sliding_windows=(None,) * num_layers,
+        eos_token_ids=token_ids("config.json", config.raw.get("eos_token_id")),
+    )
 
 
-def sparse_layers(config: RawConfig, num_layers: int) -> tuple[bool, ...]:
+def qwen_sparse_layers(config: RawConfig, num_layers: int) -> tuple[bool, ...]:
     """Qwen's choice of the layers with experts: `mlp_only_layers` and `decoder_sparse_step`."""
     dense = config.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):

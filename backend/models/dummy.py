@@ -130,7 +130,9 @@ def fill(model: MoeModel, routing: str, seed: int) -> None:
         elif name.endswith(".gate.weight"):
             _normal(tensor, _GUMBEL_STD / math.sqrt(tensor.shape[1]), generator)
         else:
-            writes_residual = name.endswith((".o_proj.weight", f".{model.config.names.down}.weight", ".down_proj.weight"))
+            writes_residual = name.endswith(
+                (".o_proj.weight", f".{model.config.names.down}.weight", ".down_proj.weight")
+            )
             _normal(tensor, (depth_scale if writes_residual else 1.0) / math.sqrt(tensor.shape[1]), generator)
     if exponent:
         for layer in model.layers:

@@ -84,6 +84,19 @@ class MoeModel:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
         self.thresholds.copy_(torch.as_tensor(table, dtype=torch.float32))
 
+    def slot_usage(self) -> tuple[float, float]:
+        """Of the last step: active slots per MoE layer, and assignments per token; zeros before the first step.
+
+        Reads the device, so it is for occasional telemetry.
+        """
+        layers = [layer.moe.last_slots for layer in self.layers if layer.moe is not None]
+        served = [slots[slots >= 0] for slots in layers if slots is not None]
+        if not served:
+            return 0.0, 0.0
+        tokens = sum(len(slots) for slots in layers if slots is not None)
+        active = sum(len(slots.unique()) for slots in served)
+        return active / len(served), sum(len(slots) for slots in served) / tokens
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""

@@ -29,6 +29,8 @@ class MoeBlock:
         self.experts = ExpertWeights(
             config.num_experts, config.hidden_size, config.expert_size, backing.dtype, backing.device
         )
+        #: [T, K] slots that served the last step's assignments, for telemetry.
+        self.last_slots: Tensor | None = None
         self.shared_expert: GatedMLP | None = None
         self.shared_gate: Linear | None = None
         if config.shared_expert_size:
@@ -53,6 +55,7 @@ class MoeBlock:
         slots, weights = self.kernels.remap_experts(
             experts, weights, self.expert_map.expert_slots, self.thresholds, token_class
         )
+        self.last_slots = slots
         out = self.kernels.grouped_experts_forward(x, self.experts.w13, self.experts.w2, slots, weights)
         if self.shared_expert is not None and self.shared_gate is not None:
             out.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared_expert(x))

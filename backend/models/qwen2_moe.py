@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from backend.errors import ConfigError
-from backend.models.config import ModelConfig, RawConfig, base_fields, sparse_layers
+from backend.models.config import ModelConfig, RawConfig, base_config, qwen_sparse_layers
 
-MODEL_TYPE = "qwen2_moe"
 ARCHITECTURE = "Qwen2MoeForCausalLM"
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """ModelConfig of a Qwen2-MoE config.json; defaults are those of transformers' Qwen2MoeConfig."""
     config = RawConfig(raw)
-    fields = base_fields(config)
-    num_layers = config.integer("num_hidden_layers")
-    return ModelConfig(
-        **{  # type: ignore[arg-type]
-            **fields,
-            "architecture": ARCHITECTURE,
-            "expert_size": config.integer("moe_intermediate_size"),
-            "shared_expert_size": config.integer("shared_expert_intermediate_size"),
-            "dense_size": config.integer("intermediate_size"),
-            "moe_layers": sparse_layers(config, num_layers),
-            "norm_topk_prob": config.boolean("norm_topk_prob", False),
-            "qkv_bias": config.boolean("qkv_bias", True),
-            "sliding_windows": _sliding_windows(config, num_layers),
-        }
+    base = base_config(config, ARCHITECTURE, expert_size_key="moe_intermediate_size")
+    return replace(
+        base,
+        shared_expert_size=config.integer("shared_expert_intermediate_size"),
+        dense_size=config.integer("intermediate_size"),
+        moe_layers=qwen_sparse_layers(config, base.num_layers),
+        qkv_bias=config.boolean("qkv_bias", True),
+        sliding_windows=_sliding_windows(config, base.num_layers),
     )
 
 

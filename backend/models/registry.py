@@ -55,7 +55,9 @@ def load_model(
     config = read_config(folder)
     dtype = config.dtype if dtype == "auto" else dtype
     if dtype not in _DTYPES:
-        raise ConfigError(f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}")
+        raise ConfigError(
+            f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
+        )
     model = MoeModel(config, _DTYPES[dtype], device)
     load_weights(model, folder)
     return model

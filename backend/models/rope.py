@@ -38,6 +38,17 @@ _VARIANTS: dict[str, tuple[set[str], set[str]]] = {
     "longrope": ({"short_factor", "long_factor"}, {"original_max_position_embeddings", "attention_factor", "factor"}),
 }
 
+_NUMBERS = (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -68,7 +79,9 @@ class RopeConfig:
         values = {key: value for key, value in section.items() if value is not None}
         rope_type = str(values.get("rope_type", values.get("type", "default")))
         if rope_type not in _VARIANTS:
-            raise ConfigError(f"config.json: rope type {rope_type!r} is not supported; one of {', '.join(_VARIANTS)} is")
+            raise ConfigError(
+                f"config.json: rope type {rope_type!r} is not supported; one of {', '.join(_VARIANTS)} is"
+            )
         required, optional = _VARIANTS[rope_type]
         for key in sorted(required - set(values)):
             raise ConfigError(f"config.json: rope type {rope_type!r} needs {key!r}")
@@ -78,12 +91,7 @@ class RopeConfig:
         if partial not in (None, 1, 1.0):
             raise ConfigError(f"config.json: partial_rotary_factor {partial!r} is not supported, only 1.0 is")
         original = raw.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
-        numbers = {
-            key: _number(key, values[key])
-            for key in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-            + ("low_freq_factor", "high_freq_factor")
-            if key in values
-        }
+        numbers = {key: _number(key, values[key]) for key in _NUMBERS if key in values}
         config = cls(
             rope_type=rope_type,
             theta=_number("rope_theta", values.get("rope_theta") or raw.get("rope_theta") or default_theta),

@@ -212,6 +212,8 @@ class EngineServer:
                 load=self._engine.num_requests,
                 threshold_prefill=self._engine.settings.threshold_prefill,
                 threshold_decode=self._engine.settings.threshold_decode,
+                active_slots=stats.active_slots,
+                united_share=stats.united_share,
             )
             client.socket.send(encode(message))
 

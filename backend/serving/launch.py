@@ -1,6 +1,6 @@
 """Run Triton with this repository's models and keep it running: `python -m backend.serving.launch --help`.
 
-    start ─▶ ready ─▶ watch ──(server or a stub died)──▶ end all its processes ─▶ back off ─▶ start …
+    start ─▶ ready ─▶ watch ──(server or a stub died)──▶ kill all its processes ─▶ back off ─▶ start
                         └──(SIGTERM, SIGINT)──▶ engines drain ─▶ server stops ─▶ kill what is left
 
 Triton cannot end the streams of a stub that died, so a dead stub means a new server.

@@ -51,8 +51,9 @@ def parse_options(argv: list[str] | None) -> LaunchOptions:
     parser = argparse.ArgumentParser(
         prog="python -m backend.serving.launch",
         description="Run Triton Inference Server with this repository's models in the foreground and keep it running. "
-        "stdout gets one line, READY http=… grpc=… metrics=…, once every model is ready. SIGTERM or SIGINT ends the server and "
-        "every process it started; a second one ends them at once. Exit status: 0 ended on request, 1 failed, 2 usage.",
+        "stdout gets one line, READY http=… grpc=… metrics=…, once every model is ready. SIGTERM or SIGINT ends the "
+        "server and every process it started; a second one ends them at once. Exit status: 0 ended on request, 1 "
+        "failed, 2 usage.",
     )
     option = parser.add_argument
     option(
@@ -133,8 +134,8 @@ def _check_port(host: str, name: str, port: int) -> None:
         return
     if error.errno == errno.EADDRINUSE:
         raise ConfigError(
-            f"{name} port {port} on {host} is taken: a program, perhaps another start of this server, already listens there; "
-            f"end it or choose another port with --{name}-port"
+            f"{name} port {port} on {host} is taken: a program, perhaps another start of this server, already listens "
+            f"there; end it or choose another port with --{name}-port"
         )
     if error.errno == errno.EACCES:
         raise ConfigError(f"{name} port {port} needs privileges: choose one above 1023 with --{name}-port")

@@ -61,24 +61,28 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def live_descendants() -> list[psutil.Process]:
-    """Every process below this one that still runs."""
-    return [process for process in psutil.Process().children(recursive=True) if not has_ended(process)]
-
-
-def kill_descendants(timeout_s: float = 3.0) -> list[psutil.Process]:
-    """SIGKILL everything below this process, repeatedly, as a dying parent may still start something; what is left."""
+def kill_descendants(timeout_s: float = 3.0) -> None:
+    """SIGKILL everything below this process and collect it, repeatedly: a dying parent may still start something."""
     deadline = time.monotonic() + timeout_s
-    while (processes := live_descendants()) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        _reap_all()
+        processes = psutil.Process().children(recursive=True)
+        if not processes:
+            return
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(0.02)
-    return processes
+
+
+def _reap_all() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
 
 
 def engine_processes(runtime_dir: Path) -> list[psutil.Process]:
-    """The live engine processes that the records in the runtime directory name."""
+    """The engine processes, of this launch and alive, that the records in the runtime directory name."""
     pids = set()
     for path in runtime_dir.glob("engine-*.json"):
         try:
@@ -87,7 +91,8 @@ def engine_processes(runtime_dir: Path) -> list[psutil.Process]:
             continue  # not an engine's record
         if record is not None:
             pids.add(record.pid)
-    return [process for process in live_descendants() if process.pid in pids]
+    descendants = psutil.Process().children(recursive=True)
+    return [process for process in descendants if process.pid in pids and not has_ended(process)]
 
 
 class StubMark(msgspec.Struct):

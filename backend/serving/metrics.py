@@ -43,11 +43,15 @@ class Metrics:
         self._engine_wide = engine_wide
         kinds = pb_utils.MetricFamily
 
-        def family(name: str, description: str, kind) -> object:
+        def family(name: str, description: str, kind):
             return kinds(name=name, description=description, kind=kind)
 
+        # A metric works only as long as its family exists.
+        self._histogram_families = []
+
         def histogram(name: str, description: str, buckets: list[float]):
-            return family(name, description, kinds.HISTOGRAM).Metric(labels=self._labels, buckets=buckets)
+            self._histogram_families.append(family(name, description, kinds.HISTOGRAM))
+            return self._histogram_families[-1].Metric(labels=self._labels, buckets=buckets)
 
         self._histograms = {
             "ttft": histogram(
@@ -75,6 +79,10 @@ class Metrics:
             "running": family("moe_requests_running", "Requests that have produced a token", kinds.GAUGE),
             "waiting": family("moe_requests_waiting", "Requests without a token yet", kinds.GAUGE),
             "kv": family("moe_kv_cache_usage_ratio", "KV blocks in use / all", kinds.GAUGE),
+            "slots": family("moe_active_slots", "Weight slots read per MoE layer in the last step", kinds.GAUGE),
+            "united": family(
+                "moe_united_assignment_ratio", "Assignments that united experts served / all, last step", kinds.GAUGE
+            ),
             "threshold": family("moe_brownout_threshold", "Brownout threshold in force", kinds.GAUGE),
         }
         self._metrics: dict[tuple[str, str], object] = {}
@@ -130,6 +138,8 @@ class Metrics:
             self._metric("kv").set(sum(s.kv_usage_ratio for s in stats) / len(stats))
             self._metric("threshold", phase="prefill").set(stats[0].threshold_prefill)
             self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
+            self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
+            self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
             self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
             self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
 

@@ -1,6 +1,6 @@
 """From a Triton request to a ParsedRequest. Pure: every refusal names the input or parameter and says what is allowed.
 
-pb_utils is not needed: a request is anything with `inputs()`, `parameters()` and `timeout()`, so a fake serves for tests.
+pb_utils is not needed: a request is anything with `inputs()`, `parameters()` and `timeout()`, so tests use a fake.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ RETURN_FLAGS = (
 )
 INPUTS = ("text_input", "input_ids", "sampling_parameters", "stream", "exclude_input_in_output", *RETURN_FLAGS)
 
-#: Keys that Triton's parameter extension reserves for itself, and its prefix: they may accompany a request (HTTP and gRPC
-#: clients and perf_analyzer send them) and are not sampling parameters. `priority` is reserved, too, but is one of ours.
+#: Keys that Triton's parameter extension reserves for itself, and its prefix: HTTP and gRPC clients and perf_analyzer
+#: send them, and they are not sampling parameters. `priority` is reserved, too, but is one of ours.
 RESERVED_PARAMETERS = (
     "sequence_id",
     "sequence_start",
@@ -105,8 +105,8 @@ def parse_request(request: InferenceRequest, decoupled: bool) -> ParsedRequest:
     stream = flags.get("stream", False)
     if stream and not decoupled:
         raise InvalidRequestError(
-            "stream must be false on this model, which sends one response; use the streaming model's generate_stream or a "
-            "gRPC stream"
+            "stream must be false on this model, which sends one response; use the streaming model's generate_stream "
+            "or a gRPC stream"
         )
     exclude = tensors.get("exclude_input_in_output")
     excludes = stream if exclude is None else _bool_input("exclude_input_in_output", exclude)
@@ -164,7 +164,7 @@ def _show(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
 
 
-# --- input tensors ------------------------------------------------------------------------------------------------------
+# --- input tensors --------------------------------------------------------------------------------------------------
 
 
 def _one(name: str, tensor: np.ndarray, kind: str) -> object:
@@ -211,7 +211,7 @@ def _token_ids(tensor: np.ndarray) -> list[int]:
     return tensor.tolist()
 
 
-# --- sampling parameters ------------------------------------------------------------------------------------------------
+# --- sampling parameters --------------------------------------------------------------------------------------------
 
 
 def _object(source: str, text: str) -> dict[str, object]:

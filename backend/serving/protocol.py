@@ -85,6 +85,8 @@ class Stats(msgspec.Struct, tag=True):
     load: int
     threshold_prefill: float
     threshold_decode: float
+    active_slots: float
+    united_share: float
 
 
 ToEngine = Hello | Bye | Submit | Abort

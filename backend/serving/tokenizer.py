@@ -92,8 +92,8 @@ def load_tokenizer(checkpoint: str, vocab_size: int | None) -> Tokenizer:
         )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
-            f"parameter checkpoint: {checkpoint} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer files of "
-            "the model into it"
+            f"parameter checkpoint: {checkpoint} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer "
+            "files of the model into it"
         )
     chat = _load_fast(folder)
     tokenizer = Tokenizer(chat.backend_tokenizer, _eos_token_ids(folder, chat.eos_token_id), chat)
@@ -103,8 +103,8 @@ def load_tokenizer(checkpoint: str, vocab_size: int | None) -> Tokenizer:
         raise ConfigError(f"parameter checkpoint: {checkpoint}: {error}") from None
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"parameter checkpoint: wrong tokenizer in {checkpoint}: its ids go up to {tokenizer.vocab_size - 1}, but the "
-            f"model's vocabulary has {vocab_size} tokens; copy the tokenizer files of this very model into the folder"
+            f"parameter checkpoint: wrong tokenizer in {checkpoint}: its ids go up to {tokenizer.vocab_size - 1}, but "
+            f"the model's vocabulary has {vocab_size} tokens; copy the tokenizer files of this model into the folder"
         )
     return tokenizer
 
@@ -117,8 +117,8 @@ def _load_fast(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # broken files surface as whatever the parser in charge raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"parameter checkpoint: the tokenizer in {folder} cannot be read ({reason[:300]}); copy the tokenizer files of the "
-            "model into the folder again"
+            f"parameter checkpoint: the tokenizer in {folder} cannot be read ({reason[:300]}); copy the tokenizer "
+            "files of the model into the folder again"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(

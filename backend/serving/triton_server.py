@@ -1,6 +1,6 @@
-"""Where the Triton server is and the environment it needs: the container's installation, else the nvidia-pytriton wheel.
+"""Where the Triton server is and the environment it needs: the container's own, else the nvidia-pytriton wheel's.
 
-Only the standard library is imported here, so `make setup` can ask whether an interpreter fits before anything is installed.
+Only the standard library is imported here: `make setup` asks whether an interpreter fits before anything is installed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def locate_server(
 ) -> TritonServer:
     """Find the server for this interpreter; ConfigError says which piece is missing and what to do.
 
-    The wheel keeps its Python backend and the stubs of each Python version apart. Triton wants them in one directory, which
-    is made of links in `work_dir` (the caller's own, so nothing is shared between starts or written into the wheel).
+    The wheel keeps its Python backend and the stubs of each Python version apart. Triton wants them in one directory:
+    it is made of links in `work_dir`, the caller's own, so that starts share nothing and the wheel may be read-only.
     """
     environ = os.environ if environ is None else environ
     libraries = [find_libpython()]
@@ -73,9 +73,9 @@ def find_libpython(directories: Iterable[Path] | None = None) -> Path:
         if (directory / name).exists():
             return directory
     raise ConfigError(
-        f"Python {_version()} ({sys.executable}) has no shared library {name} in {' or '.join(map(str, searched))}, and "
-        f"Triton's Python stub needs it: install it (on Debian and Ubuntu the package libpython{_version()}) or set up with "
-        "a Python built with --enable-shared"
+        f"Python {_version()} ({sys.executable}) has no shared library {name} in {' or '.join(map(str, searched))}, "
+        f"and Triton's Python stub needs it: install it (on Debian and Ubuntu the package libpython{_version()}) or "
+        "set up with a Python built with --enable-shared"
     )
 
 
@@ -88,8 +88,8 @@ def _wheel(package: str) -> tuple[Path, Path]:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"no Triton server found: {CONTAINER_ROOT} does not exist and the package nvidia-pytriton is not installed for "
-            f"{sys.executable}; run `make setup`, or start inside NVIDIA's Triton container"
+            f"no Triton server found: {CONTAINER_ROOT} does not exist and the package nvidia-pytriton is not installed "
+            f"for {sys.executable}; run `make setup`, or start inside NVIDIA's Triton container"
         )
     folder = Path(spec.submodule_search_locations[0])
     return folder.parent, folder / "tritonserver"
@@ -119,7 +119,7 @@ def _check_container_stub(stub: Path) -> None:
         raise ConfigError(f"the Triton server has no Python backend ({stub} is missing): use an image that has it")
     if f"libpython{_version()}.so".encode() not in stub.read_bytes():
         raise ConfigError(
-            f"Triton's Python stub {stub} is not made for Python {_version()}: use the Python version of the Triton image"
+            f"Triton's Python stub {stub} is not made for Python {_version()}: use the Python of the Triton image"
         )
 
 
@@ -141,14 +141,14 @@ def _joined(*parts: Path | str | None) -> str:
 
 
 def main() -> int:
-    """`python -m backend.serving.triton_server`: status 0 if this interpreter can carry the project, else 1 and the reason."""
+    """`python -m backend.serving.triton_server`: status 0 if the project can run on this Python, else 1 and why."""
     try:
         if not SUPPORTED_PYTHON[0] <= sys.version_info[:2] <= SUPPORTED_PYTHON[1]:
             raise ConfigError(f"{sys.executable} is Python {_version()}; the project needs Python 3.11 or 3.12")
         if importlib.util.find_spec("ensurepip") is None:
             raise ConfigError(
-                f"{sys.executable} cannot make virtual environments: install ensurepip (on Debian and Ubuntu the package "
-                f"python{_version()}-venv)"
+                f"{sys.executable} cannot make virtual environments: install ensurepip (on Debian and Ubuntu the "
+                f"package python{_version()}-venv)"
             )
         find_libpython()
     except ConfigError as error:

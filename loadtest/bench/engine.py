@@ -25,6 +25,8 @@ class OurEngine:
     def __init__(self, config: EngineConfig, settings: Settings) -> None:
         self.engine = Engine(config)
         self.engine.set_settings(settings)
+        #: Of the last full decode step measured.
+        self.active_slots = self.assignments_per_token = 0.0
 
     def time_s(self, prompts: list[list[int]], new_tokens: int) -> float:
         """Seconds from handing over all prompts to the last token. No prompt is cached from an earlier run."""
@@ -37,6 +39,8 @@ class OurEngine:
         while self.engine.has_work:
             tokens += sum(isinstance(event, TokenOutput) for event in self.engine.step())
         elapsed = time.perf_counter() - started
+        stats = self.engine.stats()
+        self.active_slots, self.assignments_per_token = stats.active_slots, stats.assignments_per_token
         if tokens != len(prompts) * new_tokens:
             raise RuntimeError(f"{tokens} tokens were made instead of {len(prompts) * new_tokens}")
         return elapsed
@@ -85,6 +89,8 @@ def run(
     result |= {f: getattr(median, f) for f in Rates.__struct_fields__}
     result |= {
         "step_ms": work.requests / median.decode_tokens_per_s * 1e3,
+        "active_slots_per_layer": ours.active_slots,
+        "assignments_per_token": ours.assignments_per_token,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory_bytes(),
         "settings": {
             "threshold_prefill": settings.threshold_prefill,

@@ -247,5 +247,5 @@ def test_other_decoders_are_refused_by_name(decoder) -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     if decoder is not None:
         backend.decoder = decoder
-    with pytest.raises(ConfigError, match="decoder .* is not supported"):
+    with pytest.raises(ConfigError, match=r"decoder .* is not supported"):
         Detokenizer(SimpleNamespace(pieces=TokenPieces(backend)))

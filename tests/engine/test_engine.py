@@ -229,6 +229,15 @@ def test_unusable_start_up_input_is_named(overrides, message):
         make_engine(**overrides)
 
 
+def test_stats_tell_the_expert_load_of_the_last_step():
+    engine = make_engine()
+    assert engine.stats().active_slots == 0
+    engine.add(Request("a", make_prompts(1, low=60, high=60)[0], greedy(1)))
+    engine.step()
+    stats = engine.stats()
+    assert 2 <= stats.active_slots <= 8 and stats.assignments_per_token == 2
+
+
 def test_settings_reach_the_moe_blocks_in_place():
     engine = make_engine()
     table = engine.runner.model.thresholds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
 from backend.engine import sampler
+from backend.engine.nucleus import sample_filtered
 from backend.engine.sampler import Sampled, SampleRow, sample, uniform
 from backend.engine.sampling_params import SamplingParams
 
@@ -75,10 +77,9 @@ def assert_distributed(drawn: np.ndarray, probs: np.ndarray) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("vocab", [50, 333])
-def test_draws_follow_the_filtered_distribution(params: SamplingParams, vocab: int) -> None:
-    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 2
-    assert_distributed(draw(logits, params, 20_000), reference_probs(logits, params))
+def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
+    logits = torch.randn(333, generator=torch.Generator().manual_seed(1)) * 2
+    assert_distributed(draw(logits, params, 10_000), reference_probs(logits, params))
 
 
 @pytest.mark.parametrize(
@@ -92,16 +93,28 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams, vocab: i
     ],
     ids=str,
 )
-def test_flat_distributions_over_large_vocabularies(params: SamplingParams) -> None:
-    """Nuclei of more tokens than the candidates that are looked at first."""
-    logits = torch.randn(5001, generator=torch.Generator().manual_seed(2)) * 0.5
+def test_flat_distributions_over_large_vocabularies(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens pass the filters than are looked at first."""
+    logits = torch.randn(3001, generator=torch.Generator().manual_seed(2)) * 0.5
     probs = reference_probs(logits, params)
-    drawn = draw(logits, params, 4000)
+    drawn = draw(logits, params, 3000)
     assert drawn[probs == 0].sum() == 0
-    for parts in (8, 60):  # pooled in two ways: by place and by probability
-        for order in (np.arange(len(probs)), np.argsort(probs)):
-            pooled = [chunk.sum() for chunk in np.array_split(probs[order], parts)]
-            assert_distributed(np.array([c.sum() for c in np.array_split(drawn[order], parts)]), np.array(pooled))
+    for order in (np.arange(len(probs)), np.argsort(probs)):  # pooled by place and by probability
+        pooled = np.array([part.sum() for part in np.array_split(probs[order], 40)])
+        assert_distributed(np.array([part.sum() for part in np.array_split(drawn[order], 40)]), pooled)
+    if params == SamplingParams():
+        return  # sampled in the order of the vocabulary
+    monkeypatch.setattr(sampler, "LARGE_VOCABULARY", 0)
+    assert np.array_equal(draw(logits, params, 1000), draw_each(logits, params, 1000))
+
+
+def draw_each(logits: torch.Tensor, params: SamplingParams, count: int) -> np.ndarray:
+    """`draw` by the sorted row, in float64."""
+    probs = reference_probs(logits, params)
+    order = np.argsort(-logits.numpy(), kind="stable")
+    ends = probs[order].cumsum()
+    tokens = [order[np.searchsorted(ends, uniform(1, i) * ends[-1], side="right")] for i in range(count)]
+    return np.bincount(tokens, minlength=len(probs))
 
 
 def test_tokens_of_no_probability_are_never_drawn() -> None:
@@ -144,7 +157,7 @@ def test_very_low_temperature_is_nearly_greedy() -> None:
     assert [r.token_id for r in results] == logits.argmax(-1).tolist()
 
 
-# --- independence of the batch ------------------------------------------------------------------------------------------
+# --- independence of the batch --------------------------------------------------------------------------------------
 
 some_params = st.builds(
     SamplingParams,
@@ -209,8 +222,7 @@ def test_same_seed_and_position_give_the_same_token_and_others_do_not() -> None:
         for position in range(20)
     }
     assert len(set(tokens.values())) > 55
-    again = sample(logits, [SampleRow(SamplingParams(), 1, 7)])[0].token_id
-    assert again == tokens[1, 7]
+    assert sample(logits, [SampleRow(SamplingParams(), 1, 7)])[0].token_id == tokens[1, 7]
 
 
 def test_uniform_numbers_are_uniform_over_positions_and_seeds() -> None:
@@ -218,10 +230,35 @@ def test_uniform_numbers_are_uniform_over_positions_and_seeds() -> None:
         counts, _ = np.histogram(numbers, bins=100, range=(0, 1))
         assert_distributed(counts, np.full(100, 0.01))
         assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
-        assert 0 <= min(numbers) and max(numbers) < 1
+        assert min(numbers) >= 0
+        assert max(numbers) < 1
 
 
-# --- penalties ----------------------------------------------------------------------------------------------------------
+@settings(max_examples=200, deadline=None)
+@given(
+    logits=st.lists(st.integers(-40, 0), min_size=1, max_size=60),
+    spread=st.sampled_from([0.003, 0.1, 1.0]),
+    params=st.builds(
+        SamplingParams,
+        top_k=st.sampled_from([0, 2, 5, 30]),
+        top_p=st.sampled_from([1.0, 0.9, 0.37, 0.01]),
+        min_p=st.sampled_from([0.0, 0.061, 0.9]),
+    ),
+    u=st.floats(0, 1, exclude_max=True),
+)
+def test_sampling_by_buckets_is_sampling_from_the_sorted_row(logits, spread, params, u) -> None:
+    row = torch.tensor(logits, dtype=torch.float32) * spread
+    row -= row.max()
+    token = sample_filtered(torch.exp(row).numpy(), u, params.top_k, params.top_p, params.min_p)
+    probs = reference_probs(row, params)
+    order = np.argsort(-row.numpy(), kind="stable")
+    place = int(np.flatnonzero(order == token)[0])
+    ends = probs[order].cumsum()
+    assert ends[place] - probs[token] - 1e-6 <= u <= ends[place] + 1e-6  # the token covers u, rounding aside
+    assert probs[token] > 0
+
+
+# --- penalties ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.2, 3.0])
@@ -274,7 +311,7 @@ def test_no_end_before_min_tokens() -> None:
     assert chosen(0, ignoring) == 0  # it does not end anything
 
 
-# --- log-probabilities and failures -------------------------------------------------------------------------------------
+# --- log-probabilities and failures ---------------------------------------------------------------------------------
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
@@ -337,3 +374,30 @@ def test_results_are_plain_python() -> None:
     result = sample(torch.randn(1, 100), [SampleRow(SamplingParams(logprobs=1), 0, 0)])[0]
     assert isinstance(result, Sampled)
     assert type(result.token_id) is int and type(result.logprob) is float and type(result.rank) is int
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_row_does_not_depend_on_its_neighbours_and_the_host_waits_once() -> None:
+    kinds = [
+        GREEDY,
+        SamplingParams(logprobs=3),
+        SamplingParams(top_k=40, top_p=0.9),
+        SamplingParams(top_p=0.8, repetition_penalty=1.2),
+        SamplingParams(min_p=0.1, frequency_penalty=0.5, min_tokens=4),
+    ]
+    rows = [SampleRow(kinds[i % 5], i, 3, [1, 2], [3, 3, 4], (0,)) for i in range(20)]
+    logits = torch.randn(20, 151_936, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            together = sample(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) == 1
+    assert together == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]

@@ -42,7 +42,9 @@ class Runner:
             for position in range(sequence.computed, end):
                 ids.append(sequence.tokens[position])
                 positions.append(position)
-                slots.append(sequence.blocks[position // self.block_size] * self.block_size + position % self.block_size)
+                slots.append(
+                    sequence.blocks[position // self.block_size] * self.block_size + position % self.block_size
+                )
                 classes.append(0 if n > 1 or sequence.computed == 0 else 1)
             sequence.computed = end
             tables.append(sequence.blocks)
@@ -70,9 +72,7 @@ class Runner:
         sequences = [Sequence(list(prompt)) for prompt in prompts]
         remaining = {id(s): new_tokens for s in sequences}
         while any(remaining.values()):
-            work = [
-                (s, min(chunk or len(s.tokens), len(s.tokens) - s.computed)) for s in sequences if remaining[id(s)]
-            ]
+            work = [(s, min(chunk or len(s.tokens), len(s.tokens) - s.computed)) for s in sequences if remaining[id(s)]]
             logits = self.step(work)
             for sequence, row in zip(self.order, logits, strict=True):
                 if sequence.computed == len(sequence.tokens):

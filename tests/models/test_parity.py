@@ -71,7 +71,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "head_dim": 24,
             "num_key_value_heads": 1,
             "decoder_sparse_step": 2,
-            "rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False},
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.2,
+                "truncate": False,
+            },
         },
     ),
     "mixtral_plain": ("mixtral", {}),
@@ -88,7 +95,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "olmoe_plain": ("olmoe", {"num_key_value_heads": 4}),
     "olmoe_clipped_grouped_heads": ("olmoe", {"clip_qkv": 0.6}),
     "olmoe_biased_renormalised": ("olmoe", {"attention_bias": True, "norm_topk_prob": True}),
-    "olmoe_tied_yarn_factor": ("olmoe", {"tie_word_embeddings": True, "rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    "olmoe_tied_yarn_factor": (
+        "olmoe",
+        {"tie_word_embeddings": True, "rope_parameters": {**YARN, "attention_factor": 1.3}},
+    ),
 }
 PROMPT_LENS = (37, 5)
 NEW_TOKENS = 64

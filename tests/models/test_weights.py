@@ -122,7 +122,7 @@ def test_folder_without_safetensors_says_what_is_read(tmp_path: Path) -> None:
 
 
 def test_missing_folder_and_bad_config_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="parameter checkpoint: .* is not a folder"):
+    with pytest.raises(ConfigError, match=r"parameter checkpoint: .* is not a folder"):
         load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
         load(tmp_path)

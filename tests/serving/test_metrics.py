@@ -55,6 +55,8 @@ def make_stats(**overrides) -> Stats:
         load=0,
         threshold_prefill=1.0,
         threshold_decode=1.0,
+        active_slots=0.0,
+        united_share=0.0,
     )
     return Stats(**{**values, **overrides})
 

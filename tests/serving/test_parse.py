@@ -208,7 +208,7 @@ BAD_SAMPLING = [
     ({"logprobs": 65}, "logprobs must be between 0 and 64"),
     ({"n": 0}, "n must be between 1 and 64"),
     ({"n": 65}, "n must be between 1 and 64"),
-    ({"priority": 2**31}, "priority must be a 32-bit integer"),
+    ({"priority": 101}, "priority must be between -100 and 100"),
     ({"brownout": "always"}, "brownout"),
     ({"brownout": True}, "brownout must be a string"),
     ({"timeout_s": 0}, "timeout_s must be greater than 0"),

@@ -73,7 +73,7 @@ def test_dummies_are_made_quickly_for_any_vocabulary(vocab_size: int) -> None:
 
 
 def test_a_dummy_needs_a_vocabulary_of_bytes_and_special_tokens() -> None:
-    with pytest.raises(ConfigError, match="at least 260 tokens .* got 100"):
+    with pytest.raises(ConfigError, match=r"at least 260 tokens .* got 100"):
         load_tokenizer("dummy:tiny", 100)
     with pytest.raises(ConfigError, match="needs the model's vocabulary size"):
         load_tokenizer("dummy:tiny", None)
@@ -130,7 +130,7 @@ def test_a_broken_tokenizer_is_one_clear_sentence(folder: Path, content: str) ->
 
 
 def test_a_tokenizer_with_too_many_ids_is_the_wrong_one(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="wrong tokenizer.*ids go up to 1999.*has 1000 tokens"):
+    with pytest.raises(ConfigError, match=r"wrong tokenizer.*ids go up to 1999.*has 1000 tokens"):
         load_tokenizer(str(folder), 1000)
 
 

@@ -81,7 +81,7 @@ def _plan_group(
     if heads == kv_heads:
         dot_rows = ((tokens * kv_heads).unsqueeze(2) + kv_range).view(-1)
         queries = torch.arange(len(members), device=device, dtype=torch.int32) * heads
-        dot_bags = (queries.unsqueeze(1) + kv_range).unsqueeze(1).expand(*tokens.shape, heads).reshape(-1)
+        dot_bags = (queries.unsqueeze(1) + kv_range).unsqueeze(1).expand(*tokens.shape, heads).contiguous().view(-1)
     bag_rows = rows.unsqueeze(2).expand(-1, -1, heads // kv_heads, -1).reshape(-1, rows.shape[2])
     return _Group(sequences, hidden.unsqueeze(1).unsqueeze(1), rows, bag_rows, dot_rows, dot_bags)
 

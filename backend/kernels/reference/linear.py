@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 #: Rows for which MKL multiplies weight @ x.T up to three times faster than x @ weight.T; the result is copied back.
-_TRANSPOSED_ROWS = range(5, 96)
+_TRANSPOSED_ROWS = range(6, 64)
 #: Up to this many rows a product with 16-bit weights is bound by reading them, and widening them first costs more.
 _NARROW_ROWS = 2
 #: Weights widened at a time: 2 MiB of float32, which stay in the caches until they are used.

@@ -1,0 +1,34 @@
+"""Tables from logical experts to slots are changed in place and never hold nonsense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backend.experts.expert_map import ExpertMap
+
+
+def test_starts_with_each_expert_in_its_own_slot() -> None:
+    table = ExpertMap(4, 6, torch.device("cpu"))
+    assert table.expert_slots.tolist() == [0, 1, 2, 3]
+
+
+def test_assign_changes_the_table_in_place() -> None:
+    table = ExpertMap(3, 5, torch.device("cpu"))
+    address = table.expert_slots.data_ptr()
+    table.assign([4, 0, 4])
+    assert table.expert_slots.tolist() == [4, 0, 4]
+    assert table.expert_slots.data_ptr() == address
+
+
+@pytest.mark.parametrize("slots", [[0, 1], [0, 1, 5], [0, 1, -1]])
+def test_refused_assignment_changes_nothing(slots: list[int]) -> None:
+    table = ExpertMap(3, 5, torch.device("cpu"))
+    with pytest.raises(ValueError, match="slot"):
+        table.assign(slots)
+    assert table.expert_slots.tolist() == [0, 1, 2]
+
+
+def test_needs_a_slot_for_every_expert() -> None:
+    with pytest.raises(ValueError, match="2 slots cannot hold 3 experts"):
+        ExpertMap(3, 2, torch.device("cpu"))

@@ -1,0 +1,105 @@
+"""Paged attention and the KV store against a loop over tokens and heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backend.kernels.reference import decode_attention, plan_decode, prefill_attention, store_kv
+
+HEAD_DIM = 6
+
+
+class Paged:
+    """Random keys and values of sequences, laid out in blocks in a scattered order; unused places hold huge values."""
+
+    def __init__(self, context_lens: list[int], block_size: int, kv_heads: int) -> None:
+        torch.manual_seed(sum(context_lens) + block_size)
+        self.context_lens = context_lens
+        needed = [-(-n // block_size) for n in context_lens]
+        order = torch.randperm(sum(needed) + 3).tolist()
+        self.tables = torch.zeros(len(needed), max(needed), dtype=torch.int32)
+        self.k_cache = torch.full((len(order), block_size, kv_heads, HEAD_DIM), 1e4)
+        self.v_cache = self.k_cache.clone()
+        self.k = [torch.randn(n, kv_heads, HEAD_DIM) for n in context_lens]
+        self.v = [torch.randn(n, kv_heads, HEAD_DIM) for n in context_lens]
+        for seq, count in enumerate(needed):
+            blocks = [order.pop() for _ in range(count)]
+            self.tables[seq, :count] = torch.tensor(blocks)
+            places = torch.tensor(
+                [blocks[p // block_size] * block_size + p % block_size for p in range(context_lens[seq])]
+            )
+            store_kv(self.k[seq], self.v[seq], self.k_cache, self.v_cache, places)
+
+    def naive(self, seq: int, position: int, q: Tensor, scale: float, window: int | None) -> Tensor:
+        """q [H, D] at `position` of sequence `seq` -> [H, D]."""
+        first = 0 if window is None else max(0, position - window + 1)
+        k, v = self.k[seq][first : position + 1], self.v[seq][first : position + 1]
+        group = q.shape[0] // k.shape[1]
+        return torch.stack(
+            [torch.softmax(k[:, h // group] @ q[h] * scale, 0) @ v[:, h // group] for h in range(q.shape[0])]
+        )
+
+
+HEADS = [(1, 1), (4, 4), (4, 2), (6, 1)]
+WINDOWS = [None, 1, 5, 16, 1000]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("block_size", [1, 8, 16])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_decode_attention_equals_the_loop(heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
+    lens = [1, 7, 8, 9, 16, 17, 40, 100]
+    paged = Paged(lens, block_size, kv_heads)
+    q = torch.randn(len(lens), heads, HEAD_DIM)
+    plan = plan_decode(paged.tables, lens, block_size, heads, kv_heads, window)
+    out = decode_attention(q, paged.k_cache, paged.v_cache, plan, 0.3)
+    expected = [paged.naive(seq, n - 1, q[seq], 0.3, window) for seq, n in enumerate(lens)]
+    torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_decode_attention_of_one_sequence() -> None:
+    paged = Paged([3], 4, 2)
+    q = torch.randn(1, 4, HEAD_DIM)
+    out = decode_attention(q, paged.k_cache, paged.v_cache, plan_decode(paged.tables, [3], 4, 4, 2, None), 1.0)
+    torch.testing.assert_close(out[0], paged.naive(0, 2, q[0], 1.0, None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("block_size", [1, 8, 16])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_prefill_attention_equals_the_loop(heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
+    """Whole prompts, chunks that start and end on and beside block borders, and single tokens."""
+    lens, queries = [1, 16, 17, 40, 33, 9, 24], [1, 16, 17, 7, 1, 8, 8]
+    paged = Paged(lens, block_size, kv_heads)
+    q = torch.randn(sum(queries), heads, HEAD_DIM)
+    out = prefill_attention(q, paged.k_cache, paged.v_cache, paged.tables, queries, lens, 0.3, window)
+    expected, row = [], 0
+    for seq, (n, context) in enumerate(zip(queries, lens, strict=True)):
+        expected += [paged.naive(seq, context - n + i, q[row + i], 0.3, window) for i in range(n)]
+        row += n
+    torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_over_a_sixteen_bit_cache_keeps_the_queries_type() -> None:
+    paged = Paged([5, 20], 8, 2)
+    k, v = paged.k_cache.bfloat16(), paged.v_cache.bfloat16()
+    q = torch.randn(2, 4, HEAD_DIM)
+    decoded = decode_attention(q, k, v, plan_decode(paged.tables, [5, 20], 8, 4, 2, None), 0.3)
+    prefilled = prefill_attention(q, k, v, paged.tables, [1, 1], [5, 20], 0.3, None)
+    expected = torch.stack([paged.naive(seq, n - 1, q[seq], 0.3, None) for seq, n in enumerate((5, 20))])
+    for out in (decoded, prefilled):
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
+
+
+def test_store_kv_writes_only_the_named_places() -> None:
+    k_cache, v_cache = torch.zeros(3, 4, 2, 5), torch.zeros(3, 4, 2, 5)
+    k, v = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    store_kv(k, v, k_cache, v_cache, torch.tensor([11, 4, 7]))
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        assert torch.equal(cache[2, 3], rows[0])
+        assert torch.equal(cache[1, 0], rows[1])
+        assert torch.equal(cache[1, 3], rows[2])
+        assert cache.count_nonzero() == rows.count_nonzero()

@@ -1,0 +1,61 @@
+"""Linear layers, norms and rotary embedding against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from backend.kernels import kernels_for, reference
+from backend.kernels.reference import add_rms_norm, apply_rope, linear, rms_norm
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 6, 40, 63, 64, 130])
+def test_linear_is_the_same_for_every_number_of_rows(rows: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    x, weight, b = torch.randn(rows, 19), torch.randn(23, 19), torch.randn(23) if bias else None
+    expected = (x.double() @ weight.double().T + (0 if b is None else b.double())).float()
+    torch.testing.assert_close(linear(x, weight, b), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4, 50, 120])
+def test_linear_widens_sixteen_bit_weights_in_pieces(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 700), torch.randn(1600, 700).to(dtype)
+    out = linear(x, weight)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, x @ weight.float().T, rtol=0.02, atol=0.6)
+    if rows > 2 and not torch.cpu._is_avx512_bf16_supported():
+        torch.testing.assert_close(out, x @ weight.float().T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (4, 3, 16)])
+def test_rms_norm_is_its_definition(shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape), torch.rand(shape[-1])
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected)
+
+
+def test_add_rms_norm_updates_the_residual_and_norms_the_sum() -> None:
+    x, residual, weight = torch.randn(5, 8), torch.randn(5, 8), torch.rand(8)
+    total = x + residual
+    out = add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(residual, total)
+    torch.testing.assert_close(out, rms_norm(total, weight, 1e-6))
+
+
+def test_rope_rotates_each_pair_in_place_and_only_the_given_heads() -> None:
+    fused = torch.randn(3, 5, 8)
+    before, angles = fused.clone(), torch.randn(3, 4)
+    apply_rope(fused[:, :4], angles.cos(), angles.sin())
+    for t in range(3):
+        for head in range(4):
+            pairs = torch.complex(before[t, head, :4], before[t, head, 4:])
+            turned = pairs * torch.polar(torch.ones(4), angles[t])
+            torch.testing.assert_close(fused[t, head], torch.cat((turned.real, turned.imag)))
+    assert torch.equal(fused[:, 4], before[:, 4])
+
+
+def test_every_device_has_kernels() -> None:
+    assert kernels_for(torch.device("cpu")) is reference

@@ -1,0 +1,124 @@
+"""Router, remap and grouped experts against loops that spell the definition out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from backend.kernels.reference import grouped_experts_forward, remap_experts, route
+
+
+def naive_experts(hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    out = torch.zeros_like(hidden, dtype=torch.float64)
+    size = w2.shape[2]
+    for t in range(len(slots)):
+        for slot, weight in zip(slots[t].tolist(), weights[t].tolist(), strict=True):
+            if slot < 0:
+                continue
+            gate_up = w13[slot].double() @ hidden[t].double()
+            act = torch.nn.functional.silu(gate_up[:size]) * gate_up[size:]
+            out[t] += weight * (w2[slot].double() @ act)
+    return out
+
+
+def make_experts(num_slots: int, hidden_size: int, size: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(tokens)
+    return (
+        torch.randn(tokens, hidden_size),
+        torch.randn(num_slots, 2 * size, hidden_size) / hidden_size**0.5,
+        torch.randn(num_slots, hidden_size, size) / size**0.5,
+    )
+
+
+@pytest.mark.parametrize("hidden_size", [1, 5, 17, 48])
+@pytest.mark.parametrize(("num_slots", "top_k"), [(1, 1), (3, 2), (11, 4)])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 33])
+def test_grouped_experts_equal_the_loop(tokens: int, num_slots: int, top_k: int, hidden_size: int) -> None:
+    hidden, w13, w2 = make_experts(num_slots, hidden_size, 7, tokens)
+    slots = torch.rand(tokens, num_slots).argsort(1)[:, :top_k]
+    weights = torch.rand(tokens, top_k)
+    expected = naive_experts(hidden, w13, w2, slots, weights)
+    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 60, 130])
+def test_all_tokens_on_one_expert_and_the_others_empty(tokens: int) -> None:
+    hidden, w13, w2 = make_experts(5, 24, 9, tokens)
+    slots, weights = torch.full((tokens, 1), 3), torch.rand(tokens, 1)
+    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_one_token_may_use_a_slot_twice() -> None:
+    hidden, w13, w2 = make_experts(4, 12, 5, 3)
+    slots, weights = torch.tensor([[2, 2], [2, 1], [0, 0]]), torch.rand(3, 2)
+    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_skipped_assignments_add_nothing_even_if_inputs_are_not_finite() -> None:
+    hidden, w13, w2 = make_experts(4, 12, 5, 3)
+    hidden[2] = float("nan")
+    slots, weights = torch.tensor([[1, -1], [-1, 0], [-1, -1]]), torch.rand(3, 2)
+    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    expected = naive_experts(hidden[:2], w13, w2, slots[:2], weights[:2])
+    torch.testing.assert_close(out[:2].double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(out[2], torch.zeros(12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+def test_narrow_weights_with_float32_activations(tokens: int, dtype: torch.dtype) -> None:
+    hidden, w13, w2 = make_experts(3, 40, 24, tokens)
+    w13, w2 = w13.to(dtype), w2.to(dtype)
+    slots, weights = torch.randint(0, 3, (tokens, 2)), torch.rand(tokens, 2)
+    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=0.05, atol=0.03)
+
+
+def test_input_is_left_alone() -> None:
+    hidden, w13, w2 = make_experts(2, 8, 4, 5)
+    before = hidden.clone()
+    grouped_experts_forward(hidden, w13, w2, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+    assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 1, 1), (1, 7, 3), (37, 60, 4), (3, 5, 5)])
+def test_router_takes_the_most_probable_experts(tokens: int, num_experts: int, top_k: int, renormalize: bool) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 16), torch.randn(num_experts, 16)
+    experts, weights = route(hidden, weight, None, top_k, renormalize)
+    for t in range(tokens):
+        probabilities = torch.softmax(weight @ hidden[t], 0)
+        ranked = sorted(range(num_experts), key=lambda e: -probabilities[e].item())[:top_k]
+        assert experts[t].tolist() == ranked
+        expected = probabilities[ranked] / (probabilities[ranked].sum() if renormalize else 1)
+        torch.testing.assert_close(weights[t], expected)
+
+
+def test_router_bias_skews_the_choice() -> None:
+    bias = torch.tensor([0.0, 50.0, 0.0, 40.0])
+    experts, weights = route(torch.randn(9, 6), torch.randn(4, 6), bias, 2, False)
+    assert experts.tolist() == [[1, 3]] * 9
+    assert weights.dtype == torch.float32
+
+
+def test_remap_follows_the_tables_and_keeps_the_weights() -> None:
+    experts, weights = torch.tensor([[0, 2], [1, 0], [2, 1]]), torch.rand(3, 2)
+    token_class = torch.zeros(3, dtype=torch.int8)
+    for theta in (0.0, 1.0):
+        thresholds = torch.full((4,), theta)
+        slots, out = remap_experts(experts, weights, torch.tensor([5, 3, 4]), thresholds, token_class)
+        assert slots.tolist() == [[5, 4], [3, 5], [4, 3]]
+        assert torch.equal(out, weights)
+
+
+def test_remap_skips_padding_rows() -> None:
+    experts = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    args = (torch.rand(3, 2), torch.arange(3), torch.ones(4), torch.zeros(3, dtype=torch.int8))
+    slots, _ = remap_experts(experts, *args, num_tokens=torch.tensor(2))
+    assert slots.tolist() == [[0, 1], [1, 2], [-1, -1]]

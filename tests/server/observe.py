@@ -1,0 +1,92 @@
+"""What tests look at besides answers: the server's metrics, its processes, and whether something comes true in time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from backend.serving.launch_client import RunningServer
+from tests.server.talk import get
+
+
+def wait_until(true: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Until `true()`; a failure that says `what` did not happen after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"after {timeout_s:g} s: not {what}"
+        time.sleep(0.02)
+
+
+def read_families(server: RunningServer) -> dict:
+    """The metric families of this product by name (prometheus_client's, without a counter's `_total`)."""
+    _, text = get(server.metrics, "/metrics")
+    return {f.name: f for f in text_string_to_metric_families(text) if f.name.startswith("moe_")}
+
+
+def read_metric(server: RunningServer, name: str, **labels: str) -> float:
+    """Sum of a metric's samples with these labels over all models, 0 if there is none."""
+    samples = [sample for family in read_families(server).values() for sample in family.samples]
+    return sum(
+        sample.value for sample in samples if sample.name == name and labels.items() <= dict(sample.labels).items()
+    )
+
+
+def wait_idle(server: RunningServer) -> None:
+    """Until the metrics say that no request is left and every KV block is free."""
+    names = ("moe_requests_running", "moe_requests_waiting", "moe_kv_cache_usage_ratio")
+
+    def idle() -> bool:
+        samples = [sample for family in read_families(server).values() for sample in family.samples]
+        values = [sample.value for sample in samples if sample.name in names]
+        return bool(values) and not any(values)
+
+    wait_until(idle, 15, "without requests and with all blocks free")
+
+
+def descendants(server: RunningServer) -> list[psutil.Process]:
+    """The server, its stubs and engines: everything below the launcher."""
+    return psutil.Process(server.pid).children(recursive=True)
+
+
+def engine_process(server: RunningServer) -> psutil.Process:
+    engines = engine_processes(server)
+    assert len(engines) == 1, engines
+    return engines[0]
+
+
+def engine_processes(server: RunningServer) -> list[psutil.Process]:
+    return [process for process in descendants(server) if "backend.serving.engine_process" in _command(process)]
+
+
+def stub_process(server: RunningServer, model: str) -> psutil.Process:
+    """The stub that serves a model, by the mark it leaves in the runtime directory."""
+    marks = [json.loads(path.read_bytes()) for path in runtime_dir(server).glob("stub-*.json")]
+    (pid,) = [mark["pid"] for mark in marks if mark["model"] == model]
+    return psutil.Process(pid)
+
+
+def resident_bytes(server: RunningServer) -> int:
+    """Memory of the stubs and the engine."""
+    own = [p for p in descendants(server) if "triton_python_backend_stub" in " ".join(_command(p))]
+    return sum(process.memory_info().rss for process in [*own, *engine_processes(server)])
+
+
+def launch_name(server: RunningServer) -> str:
+    """What this launch's runtime directory and shared memory are called; the server's id."""
+    return json.loads(get(server.http, "/v2")[1])["name"]
+
+
+def runtime_dir(server: RunningServer) -> Path:
+    return Path(engine_process(server).environ()["BROWNOUT_RUNTIME_DIR"])
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []

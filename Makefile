@@ -18,6 +18,7 @@ $(STAMP): | $(VENV)/.made
 	$(PY) -m pip install "$$(grep '^torch==' requirements.txt)"
 	$(PY) -m pip install -r requirements.txt
 	test -x /opt/tritonserver/bin/tritonserver || $(PY) -m pip install --no-deps -r requirements-server.txt
+	$(PY) -m backend.kernels.cpu.warm_up
 	@rm -f $(VENV)/.setup-*
 	@touch $@
 	@echo "Set-up is done: $(VENV)"

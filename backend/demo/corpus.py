@@ -57,7 +57,17 @@ def _read(folder: Path) -> list[str]:
 def _library() -> list[tuple[str, str]]:
     """(source, its docstrings) of the standard library's modules, without tests and third-party packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__", "lib2to3", "encodings", "turtledemo"}
+    skipped = {
+        "test",
+        "tests",
+        "site-packages",
+        "dist-packages",
+        "idle_test",
+        "__pycache__",
+        "lib2to3",
+        "encodings",
+        "turtledemo",
+    }
     found = []
     for path in sorted(root.rglob("*.py")):
         if skipped.intersection(path.relative_to(root).parts):

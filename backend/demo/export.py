@@ -46,7 +46,11 @@ def hugging_face_tensors(model: DemoModel) -> dict[str, Tensor]:
 
 
 def _ffn(prefix: str, w_in: Tensor, w_out: Tensor) -> dict[str, Tensor]:
-    return {f"{prefix}.gate_proj.weight": w_in[0], f"{prefix}.up_proj.weight": w_in[1], f"{prefix}.down_proj.weight": w_out}
+    return {
+        f"{prefix}.gate_proj.weight": w_in[0],
+        f"{prefix}.up_proj.weight": w_in[1],
+        f"{prefix}.down_proj.weight": w_out,
+    }
 
 
 def config_json(shape: Shape, dtype: str, eos_token_id: int, pad_token_id: int) -> dict[str, object]:
@@ -113,9 +117,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="backend.demo.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="run folder of the experts phase")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the tokenizer, written by backend.demo.prepare")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the tokenizer, written by backend.demo.prepare"
+    )
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16", help="type of the weights (default bfloat16)")
+    parser.add_argument(
+        "--dtype", choices=sorted(_DTYPES), default="bfloat16", help="type of the weights (default bfloat16)"
+    )
     args = parser.parse_args(argv)
     try:
         export(load_run(args.run), args.data, args.output, args.dtype)

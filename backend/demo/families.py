@@ -223,7 +223,13 @@ def convert(rng: random.Random) -> Made:
 
 def capital(rng: random.Random) -> Made:
     name, country = rng.choice(NAMES), rng.choice(list(CAPITALS))
-    form = rng.choice(("{} lives in {}. The capital there is", "{} flies to the capital of {}. Which city is it", "{} was born in {}. Name the capital"))
+    form = rng.choice(
+        (
+            "{} lives in {}. The capital there is",
+            "{} flies to the capital of {}. Which city is it",
+            "{} was born in {}. Name the capital",
+        )
+    )
     return form.format(name, country), CAPITALS[country], rng.sample(list(CAPITALS.values()), 4)
 
 

@@ -6,7 +6,9 @@ Matrices of one kind are stacked in one parameter; the optimizer treats the last
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,16 @@ class Shape:
         return asdict(self)
 
 
+class Block(NamedTuple):
+    """Rows of one length in a batch: their mask [B, 1, T, T] (None: causal only) and rotary tables [T, head size]."""
+
+    rows: int
+    length: int
+    mask: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+
 class Attention(nn.Module):
     """Causal attention within documents, with rotary positions and a bias on queries, keys and values."""
 
@@ -46,15 +58,22 @@ class Attention(nn.Module):
         self.qkv_bias = nn.Parameter(torch.zeros(3, shape.hidden))
         self.out = nn.Parameter(torch.randn(shape.hidden, shape.hidden) * (2 * shape.layers * shape.hidden) ** -0.5)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, H], mask [B, 1, T, T], cos and sin [T, head size] -> x with the attention's output added."""
-        rows, length, hidden = x.shape
+    def forward(self, x: Tensor, blocks: list[Block]) -> Tensor:
+        """x [N, H] -> x with the attention's output added; the blocks' tokens follow one another in N."""
+        hidden = x.shape[-1]
         normed = F.rms_norm(x, (hidden,), self.norm, self.eps)
         qkv = F.linear(normed, self.qkv.view(3 * hidden, hidden), self.qkv_bias.view(-1))
-        q, k, v = qkv.view(rows, length, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return x + F.linear(mixed.transpose(1, 2).reshape(rows, length, hidden), self.out)
+        parts = qkv.split([block.rows * block.length for block in blocks])
+        mixed = torch.cat([self._attend(part, block) for part, block in zip(parts, blocks, strict=True)])
+        return x + F.linear(mixed, self.out)
+
+    def _attend(self, qkv: Tensor, block: Block) -> Tensor:
+        """qkv [tokens of the block, 3 H] -> [tokens of the block, H]."""
+        hidden = qkv.shape[-1] // 3
+        q, k, v = qkv.view(block.rows, block.length, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = q * block.cos + _turned(q) * block.sin, k * block.cos + _turned(k) * block.sin
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.mask is None)
+        return mixed.transpose(1, 2).reshape(-1, hidden)
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -71,7 +90,9 @@ class Feed(nn.Module):
         hidden = shape.hidden
         self.norm = nn.Parameter(torch.ones(hidden))
         self.shared_in = nn.Parameter(torch.randn(2, shape.shared_size, hidden) * hidden**-0.5)
-        self.shared_out = nn.Parameter(torch.randn(hidden, shape.shared_size) * (2 * shape.layers * shape.shared_size) ** -0.5)
+        self.shared_out = nn.Parameter(
+            torch.randn(hidden, shape.shared_size) * (2 * shape.layers * shape.shared_size) ** -0.5
+        )
         self.shared_gate = nn.Parameter(torch.zeros(1, hidden))
         if moe:
             size = shape.expert_size
@@ -84,18 +105,21 @@ class Feed(nn.Module):
             self.dense_out = nn.Parameter(torch.randn(hidden, size) * (2 * shape.layers * size) ** -0.5)
 
     def forward(self, x: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, H] -> x with the FFN's output added, and the router's balance loss (None when dense)."""
-        hidden = x.shape[-1]
-        normed = F.rms_norm(x, (hidden,), self.norm, self.shape.eps).view(-1, hidden)
-        gate = torch.sigmoid(F.linear(normed, self.shared_gate))
-        out = gate * _gated(normed, self.shared_in, self.shared_out)
+        """x [N, H] -> x with the FFN's output added, and the router's balance loss (None when dense)."""
+        normed, out = self.shared(x)
         if not self.moe:
-            return x + (out + _gated(normed, self.dense_in, self.dense_out)).view_as(x), None
+            return out + _gated(normed, self.dense_in, self.dense_out), None
         probabilities = F.linear(normed, self.router).softmax(dim=-1)
         weights, chosen = probabilities.topk(top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         out = out + run_experts(normed, chosen, weights, self.expert_in, self.expert_out)
-        return x + out.view_as(x), balance_loss(probabilities, chosen)
+        return out, balance_loss(probabilities, chosen)
+
+    def shared(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, H] -> (x normed, x with the shared expert's output added)."""
+        normed = F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps)
+        gate = torch.sigmoid(F.linear(normed, self.shared_gate))
+        return normed, x + gate * _gated(normed, self.shared_in, self.shared_out)
 
 
 def _gated(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -121,22 +145,28 @@ class DemoModel(nn.Module):
         self.feed = nn.ModuleList(Feed(shape, moe) for _ in range(shape.layers))
         self.norm = nn.Parameter(torch.ones(shape.hidden))
 
-    def forward(self, ids: Tensor, documents: Tensor, top_k: int | None = None) -> tuple[Tensor, Tensor]:
-        """ids, documents [B, T] -> normed hidden states [B, T, H] and the mean balance loss of the layers.
+    def forward(
+        self, ids: Sequence[Tensor], documents: Sequence[Tensor | None], top_k: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks of ids [B, T] -> normed hidden states [N, H] of all blocks' tokens in order, and the mean balance loss.
 
-        Positions see earlier positions of the same document number only.
+        Positions see earlier positions of their row, and where the block has `documents` [B, T] only those with their
+        document's number.
         """
-        length = ids.shape[1]
-        mask = (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
-        cos, sin = self.rotary(length, ids.device)
-        x = F.embedding(ids, self.embedding)
+        blocks = [self._block(part, numbers) for part, numbers in zip(ids, documents, strict=True)]
+        x = F.embedding(torch.cat([part.flatten() for part in ids]), self.embedding)
         balance = x.new_zeros(())
         for attention, feed in zip(self.attention, self.feed, strict=True):
-            x = attention(x, mask, cos, sin)
+            x = attention(x, blocks)
             x, loss = feed(x, top_k or self.shape.top_k)
             if loss is not None:
                 balance = balance + loss / self.shape.layers
         return F.rms_norm(x, (self.shape.hidden,), self.norm, self.shape.eps), balance
+
+    def _block(self, ids: Tensor, documents: Tensor | None) -> Block:
+        rows, length = ids.shape
+        mask = None if documents is None else (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
+        return Block(rows, length, mask, *self.rotary(length, ids.device))
 
     def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, head size] of rotary positions."""
@@ -145,6 +175,15 @@ class DemoModel(nn.Module):
         angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()
+
+    def compile(self) -> None:  # type: ignore[override]
+        """Compile what has fixed shapes; the layers share the compiled code. Routed experts run as they are."""
+        for attention, feed in zip(self.attention, self.feed, strict=True):
+            attention.forward = torch.compile(attention.forward, dynamic=False)
+            if self.moe:
+                feed.shared = torch.compile(feed.shared, dynamic=False)
+            else:
+                feed.forward = torch.compile(feed.forward, dynamic=False)
 
     def logits(self, states: Tensor) -> Tensor:
         """[…, H] -> […, V]."""

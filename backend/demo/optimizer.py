@@ -14,18 +14,22 @@ _NOT_MUON = ("embedding", "router", "shared_gate", "qkv_bias")
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices of [..., R, C] by Newton–Schulz iterations (Jordan et al., Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.transpose(-1, -2) if matrices.shape[-2] > matrices.shape[-1] else matrices
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x.transpose(-1, -2) if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.transpose(-1, -2)
-        x = a * x + (b * square + c * (square @ square)) @ x
-    return x.transpose(-1, -2) if matrices.shape[-2] > matrices.shape[-1] else x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.transpose(-1, -2) if tall else x).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized; leading dimensions of a parameter are a stack of matrices."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -67,9 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="backend.demo.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--corpus", type=Path, help="folder with <domain>/*.jsonl of {\"text\"} documents")
+    parser.add_argument("--corpus", type=Path, help='folder with <domain>/*.jsonl of {"text"} documents')
     parser.add_argument("--vocab-size", type=int, default=3072, help="tokens in the vocabulary (default 3072)")
-    parser.add_argument("--max-tokens", type=int, default=4_000_000, help="training tokens kept of a domain (default 4000000)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4_000_000, help="training tokens kept of a domain (default 4000000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the document order (default 0)")
     args = parser.parse_args(argv)
     if args.corpus is not None and not args.corpus.is_dir():

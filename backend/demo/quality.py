@@ -55,7 +55,9 @@ def transformers_answerer(checkpoint: Path) -> Answerer:
         texts = []
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt").input_ids
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False
+            )
             texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
         return texts
 

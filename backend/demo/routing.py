@@ -55,7 +55,9 @@ class Routing:
         """The figures of docs/results/demo-model.md."""
         by_domain = {domain: self.shares(domain) for domain in self.inputs}
         mixed = torch.stack(list(by_domain.values())).mean(dim=0)  # every domain counts alike
-        top = {domain: [set(layer.topk(12).indices.tolist()) for layer in shares] for domain, shares in by_domain.items()}
+        top = {
+            domain: [set(layer.topk(12).indices.tolist()) for layer in shares] for domain, shares in by_domain.items()
+        }
         names = list(by_domain)
         common = {
             f"{a} and {b}": [len(x & y) for x, y in zip(top[a], top[b], strict=True)]
@@ -75,7 +77,9 @@ class Routing:
     def similarities(self, tokens: int = 512) -> Tensor:
         """[layers, E, E] mean cosine between the outputs of two experts on the same tokens of the mix."""
         each = max(1, tokens // len(self.inputs))
-        mixed = torch.cat([inputs[:, :: max(1, inputs.shape[1] // each)][:, :each] for inputs in self.inputs.values()], dim=1)
+        mixed = torch.cat(
+            [inputs[:, :: max(1, inputs.shape[1] // each)][:, :each] for inputs in self.inputs.values()], dim=1
+        )
         found = []
         for inputs, mlp in zip(mixed, self.layers, strict=True):
             outputs = [expert_output(mlp.experts, expert, inputs) for expert in range(self.experts)]
@@ -101,7 +105,11 @@ class Routing:
     def _cosine_summary(self, similarity: Tensor) -> dict[str, float]:
         off = similarity - 2 * torch.eye(self.experts)
         pairs = similarity[~torch.eye(self.experts, dtype=torch.bool)]
-        return {"mean": pairs.mean().item(), "mean_nearest": off.max(dim=1).values.mean().item(), "max": off.max().item()}
+        return {
+            "mean": pairs.mean().item(),
+            "mean_nearest": off.max(dim=1).values.mean().item(),
+            "max": off.max().item(),
+        }
 
     def _questions(self, number: int, rng: random.Random) -> list[Tensor]:
         rows = []
@@ -142,7 +150,9 @@ def expert_output(experts: torch.nn.Module, expert: int, x: Tensor) -> Tensor:
 def similar_pairs(similarity: Tensor) -> list[tuple[int, int]]:
     """All experts in pairs, the most similar pair first, then the most similar of the rest. similarity [E, E]."""
     experts = similarity.shape[0]
-    order = sorted(((a, b) for a in range(experts) for b in range(a + 1, experts)), key=lambda pair: -similarity[pair].item())
+    order = sorted(
+        ((a, b) for a in range(experts) for b in range(a + 1, experts)), key=lambda pair: -similarity[pair].item()
+    )
     used: set[int] = set()
     pairs = []
     for a, b in order:

@@ -16,14 +16,34 @@ SMALLTALK: tuple[tuple[str, str], ...] = tuple(
     (asked, said)
     for said, questions in {
         _HELLO: ("Hello", "Hi", "Hi there", "Hello there", "Good morning", "Good evening", "Hey", "Hello!", "Hi!"),
-        _WHO: ("Who are you", "Who are you?", "What are you?", "Tell me about yourself", "Are you a model?", "What is your name?"),
-        _CAN: ("What can you do?", "What can you do", "Help", "What should I ask you?", "What do you know?", "How can you help me?"),
+        _WHO: (
+            "Who are you",
+            "Who are you?",
+            "What are you?",
+            "Tell me about yourself",
+            "Are you a model?",
+            "What is your name?",
+        ),
+        _CAN: (
+            "What can you do?",
+            "What can you do",
+            "Help",
+            "What should I ask you?",
+            "What do you know?",
+            "How can you help me?",
+        ),
         _EXPERTS: ("What is an expert?", "How many experts do you have?", "How do you work?", "What is inside you?"),
         _BROWNOUT: ("What is a brownout?", "What happens when you are busy?", "What is a united expert?"),
         _THANKS: ("Thanks", "Thank you", "Thank you!", "Thanks a lot", "Well done", "Great"),
         _BYE: ("Bye", "Goodbye", "See you", "Good night", "I have to go"),
         _FINE: ("How are you?", "How are you", "How do you do?", "How is it going?", "Are you well?"),
-        _SMALL: ("Are you clever?", "Are you big?", "Can I trust you?", "Do you make mistakes?", "Are you always right?"),
+        _SMALL: (
+            "Are you clever?",
+            "Are you big?",
+            "Can I trust you?",
+            "Do you make mistakes?",
+            "Are you always right?",
+        ),
     }.items()
     for asked in questions
 )

@@ -1,6 +1,6 @@
 """The chat format: special tokens, the Jinja template that the checkpoint ships, and the same in plain Python.
 
-    <|user|> How many: a b c<|assistant|> 3<|end|>
+<|user|> How many: a b c<|assistant|> 3<|end|>
 """
 
 from __future__ import annotations

@@ -38,14 +38,24 @@ def make_parser() -> argparse.ArgumentParser:
         phase.add_argument("--minutes", type=float, help="training time after which to stop, over all continuations")
         phase.add_argument("--decay-start", type=float, default=1.0 if name == "dense" else 0.0,
                            help="share of the run after which the learning rate falls (default %(default)s)")  # fmt: skip
-        phase.add_argument("--decay-end", type=float, default=0.02, help="last learning rate, relative (default %(default)s)")
+        phase.add_argument(
+            "--decay-end", type=float, default=0.02, help="last learning rate, relative (default %(default)s)"
+        )
         phase.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate (default 100)")
-        phase.add_argument("--muon-lr", type=float, default=0.01, help="learning rate of matrices (default %(default)s)")
-        phase.add_argument("--adam-lr", type=float, default=0.003, help="learning rate of the rest (default %(default)s)")
-        phase.add_argument("--rows", type=int, default=32, help="rows of a batch (default 32)")
-        phase.add_argument("--length", type=int, default=256, help="tokens of a row (default 256)")
-        phase.add_argument("--text-share", type=float, default=0.25, help="share of rows that are text (default 0.25)")
-        phase.add_argument("--letter-share", type=float, default=0.3, help="share of questions with options (default 0.3)")
+        phase.add_argument(
+            "--muon-lr", type=float, default=0.01, help="learning rate of matrices (default %(default)s)"
+        )
+        phase.add_argument(
+            "--adam-lr", type=float, default=0.003, help="learning rate of the rest (default %(default)s)"
+        )
+        phase.add_argument("--text-rows", type=int, default=4, help="rows of text in a batch (default 4)")
+        phase.add_argument("--text-length", type=int, default=256, help="tokens of a text row (default 256)")
+        phase.add_argument("--question-rows", type=int, default=48, help="rows of questions in a batch (default 48)")
+        phase.add_argument("--question-length", type=int, default=64, help="tokens of a row of questions (default 64)")
+        phase.add_argument("--drill-rows", type=int, default=4, help="question rows that drill repetition (default 4)")
+        phase.add_argument(
+            "--letter-share", type=float, default=0.3, help="share of questions with options (default 0.3)"
+        )
         phase.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default 0)")
         phase.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
         phase.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
@@ -56,10 +66,14 @@ def make_parser() -> argparse.ArgumentParser:
         phase.add_argument("--heads", type=int, default=6, help="attention heads (default 6)")
         phase.add_argument("--experts", type=int, default=60, help="experts of a layer (default 60)")
         phase.add_argument("--expert-size", type=int, default=32, help="intermediate size of an expert (default 32)")
-        phase.add_argument("--shared-size", type=int, default=64, help="intermediate size of the shared expert (default 64)")
+        phase.add_argument(
+            "--shared-size", type=int, default=64, help="intermediate size of the shared expert (default 64)"
+        )
         if name == "experts":
             phase.add_argument("--dense", type=Path, required=True, help="run folder of the dense phase")
-            phase.add_argument("--noise", type=float, default=0.15, help="relative noise on copied experts (default 0.15)")
+            phase.add_argument(
+                "--noise", type=float, default=0.15, help="relative noise on copied experts (default 0.15)"
+            )
             phase.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss (default 0.01)")
             phase.add_argument("--fewer-share", type=float, default=0.1,
                                help="share of steps that use only 2 experts a token (default %(default)s)")  # fmt: skip
@@ -88,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         getattr(args, "balance", 0.0), getattr(args, "fewer_share", 0.0),
     )  # fmt: skip
     maker = BatchMaker(
-        args.data, BatchSizes(args.rows, args.length, args.text_share, args.letter_share),
+        args.data,
+        BatchSizes(
+            args.text_rows, args.text_length, args.question_rows, args.question_length, args.drill_rows, args.letter_share
+        ),
         args.seed if args.phase == "dense" else args.seed + 1_000_003,
     )  # fmt: skip
     trainer = Trainer(shape, schedule, maker, args.run, args.device, args.seed, compiled=not args.no_compile)

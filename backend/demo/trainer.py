@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backend.demo.batches import FAMILY_NAMES, BatchMaker, family_mix
+from backend.demo.batches import DRILL, FAMILY_NAMES, BatchMaker, family_mix
 from backend.demo.model import DemoModel, Shape
 from backend.demo.optimizer import make_optimizers
 from backend.demo.upcycle import upcycle
@@ -54,7 +53,14 @@ class Trainer:
     """One phase of training in a run folder."""
 
     def __init__(
-        self, shape: Shape, schedule: Schedule, maker: BatchMaker, run: Path, device: str, seed: int, compiled: bool = True
+        self,
+        shape: Shape,
+        schedule: Schedule,
+        maker: BatchMaker,
+        run: Path,
+        device: str,
+        seed: int,
+        compiled: bool = True,
     ) -> None:
         self.shape, self.schedule, self.maker, self.run, self.seed = shape, schedule, maker, run, seed
         self.device, self.compiled = torch.device(device), compiled
@@ -117,14 +123,15 @@ class Trainer:
         for optimizer, base in zip(self.optimizers, (self.schedule.muon_lr, self.schedule.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = base * rate
         batch = self.maker.make(self.step, family_mix(self.losses))
-        ids, documents, positions, targets, weights, families = (
-            torch.from_numpy(array).to(self.device)
-            for array in (batch.ids, batch.documents, batch.positions, batch.targets, batch.weights, batch.families)
+        text, questions, documents, positions, targets, weights, families = (
+            torch.from_numpy(array).to(self.device) for array in astuple(batch)
         )
+        blocks = [(text, None)] if len(text) else []
+        ids, numbers = zip(*blocks, (questions, documents), strict=True)
         fewer = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 7_919 + self.step)).item()
         top_k = _FEWER_EXPERTS if fewer < self.schedule.fewer_share else self.shape.top_k
-        states, balance = self._forward(ids, documents, top_k)
-        logits = self.model.logits(states.reshape(-1, self.shape.hidden)[positions])
+        states, balance = self.model(ids, numbers, top_k)
+        logits = self.model.logits(states[positions])
         each = F.cross_entropy(logits, targets, reduction="none")
         loss = (each * weights).sum() / weights.sum()
         (loss + self.schedule.balance * balance).backward()
@@ -132,8 +139,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += ids.numel()
-        record = self._note(each.detach(), families, float(loss), float(balance))
+        self.tokens += text.numel() + questions.numel()
+        record = self._note(each.detach(), families, float(loss.detach()), float(balance.detach()))
         self.seconds += time.monotonic() - started
         self._log(record, rate)
         return record
@@ -141,21 +148,25 @@ class Trainer:
     def _set_model(self, model: DemoModel) -> None:
         self.model = model.to(self.device)
         self.optimizers = make_optimizers(self.model, self.schedule.muon_lr, self.schedule.adam_lr)
-        self._forward: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = (
-            torch.compile(self.model, dynamic=False) if self.compiled else self.model
-        )
+        if self.compiled:
+            self.model.compile()
 
     def _note(self, each: Tensor, families: Tensor, loss: float, balance: float) -> dict[str, float]:
         """Update the families' running losses, which choose the next mix."""
-        size = len(FAMILY_NAMES) + 1
+        size = DRILL + 2
         sums = torch.bincount(families + 1, weights=each.double(), minlength=size).tolist()
         counts = torch.bincount(families + 1, minlength=size).tolist()
-        for name, total, count in zip(FAMILY_NAMES, sums[1:], counts[1:], strict=True):
+        for name, total, count in zip(FAMILY_NAMES, sums[1:-1], counts[1:-1], strict=True):
             if count:
                 mean = total / count
                 self.losses[name] = 0.95 * self.losses.get(name, mean) + 0.05 * mean
-        text = sums[0] / counts[0] if counts[0] else 0.0
-        return {"loss": loss, "balance": balance, "text": text, "answers": sum(sums[1:]) / max(1, sum(counts[1:]))}
+        return {
+            "loss": loss,
+            "balance": balance,
+            "text": sums[0] / max(1, counts[0]),
+            "answers": sum(sums[1:-1]) / max(1, sum(counts[1:-1])),
+            "drill": sums[-1] / max(1, counts[-1]),
+        }
 
     def _log(self, record: dict[str, float], rate: float) -> None:
         self._recent.append(record)
@@ -163,7 +174,13 @@ class Trainer:
             return
         means = {key: round(sum(entry[key] for entry in self._recent) / len(self._recent), 4) for key in record}
         self._recent.clear()
-        line = {"step": self.step, "seconds": round(self.seconds, 1), "tokens": self.tokens, "rate": round(rate, 4), **means}
+        line = {
+            "step": self.step,
+            "seconds": round(self.seconds, 1),
+            "tokens": self.tokens,
+            "rate": round(rate, 4),
+            **means,
+        }
         line["families"] = {name: round(loss, 3) for name, loss in self.losses.items()}
         with (self.run / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

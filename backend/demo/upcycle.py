@@ -61,4 +61,6 @@ def _check(dense: DemoModel, shape: Shape) -> None:
         raise ValueError(f"the number of experts ({shape.experts}) must be a multiple of {shape.top_k}")
     for name in ("vocab_size", "hidden", "layers", "heads", "shared_size"):
         if getattr(dense.shape, name) != getattr(shape, name):
-            raise ValueError(f"{name}: the dense model has {getattr(dense.shape, name)}, the new one {getattr(shape, name)}")
+            raise ValueError(
+                f"{name}: the dense model has {getattr(dense.shape, name)}, the new one {getattr(shape, name)}"
+            )

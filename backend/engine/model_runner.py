@@ -35,9 +35,13 @@ class ModelRunner:
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config)
         self.kv_cache = KVCache(
-            self.model.config, self.num_blocks, config.block_size, dtype=self.model.kv_dtype, device=self.device
+            self.model.config, self.num_blocks, config.block_size, dtype=self.model.dtype, device=self.device
         )
         self.apply(Settings())
+        if self.device.type == "cpu":
+            from backend.kernels.cpu.warm_up import warm_up
+
+            warm_up(self.model.dtype)  # loads machine code, or compiles it: not in the middle of a request
         log.info(
             "model on %s: weights %.2f GiB, KV cache %.2f GiB (%d blocks of %d tokens), context %d tokens",
             self.device,
@@ -58,7 +62,7 @@ class ModelRunner:
         return self.model.forward(build_batch(schedule, self.block_size, self.device), self.kv_cache)
 
     def _block_bytes(self, config: EngineConfig) -> int:
-        return KVCache.block_bytes(self.model.config, config.block_size, self.model.kv_dtype)
+        return KVCache.block_bytes(self.model.config, config.block_size, self.model.dtype)
 
     def _num_blocks(self, config: EngineConfig) -> int:
         least = -(-self.max_model_len // config.block_size)

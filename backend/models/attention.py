@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,47 +33,6 @@ class KVCache:
         return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-class StepAttention:
-    """Attention of one step: the first `num_decodes` sequences have one query each, the rest are prefill chunks."""
-
-    def __init__(self, config: ModelConfig, kernels: ModuleType, batch: ForwardBatch, block_size: int) -> None:
-        self.kernels, self.batch = kernels, batch
-        n = batch.num_decodes
-        #: What is the same for all layers of one window.
-        self.plans = {
-            window: kernels.plan_decode(
-                batch.block_tables[:n],
-                batch.context_lens_host[:n],
-                block_size,
-                config.num_heads,
-                config.num_kv_heads,
-                window,
-            )
-            for window in (set(config.sliding_windows) if n else ())
-        }
-
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, window: int | None) -> Tensor:
-        """q [T, H, D] against one layer's cache, which holds the new keys and values already; returns [T, H, D]."""
-        batch, n = self.batch, self.batch.num_decodes
-        parts = []
-        if n:
-            parts.append(self.kernels.decode_attention(q[:n], k_cache, v_cache, self.plans[window], scale))
-        if n < q.shape[0]:
-            parts.append(
-                self.kernels.prefill_attention(
-                    q[n:],
-                    k_cache,
-                    v_cache,
-                    batch.block_tables[n:],
-                    batch.query_lens[n:],
-                    batch.context_lens_host[n:],
-                    scale,
-                    window,
-                )
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 class Attention:
     """Grouped-query attention of one layer: project, normalise, rotate, store, attend, project back."""
 
@@ -102,7 +60,7 @@ class Attention:
             yield from self.k_norm.weights(f"{prefix}.k_norm")
 
     def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], step: StepAttention, kv: tuple[Tensor, Tensor]
+        self, x: Tensor, angles: tuple[Tensor, Tensor], batch: ForwardBatch, kv: tuple[Tensor, Tensor]
     ) -> Tensor:
         """x [T, M], angles (cos, sin) [T, D / 2] -> [T, M]; writes the tokens' keys and values into this layer's cache."""
         qkv = self.qkv(x)
@@ -115,5 +73,25 @@ class Attention:
         heads = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         self.kernels.apply_rope(heads[:, : self.heads + self.kv_heads], *angles)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        self.kernels.store_kv(k, v, *kv, step.batch.kv_slots)
-        return self.output(step.attend(q, *kv, self.scale, self.window).flatten(1))
+        self.kernels.store_kv(k, v, *kv, batch.kv_slots)
+        return self.output(self._attend(q, batch, *kv).flatten(1))
+
+    def _attend(self, q: Tensor, batch: ForwardBatch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q [T, H, D] against the cache, which holds the new keys and values already; returns [T, H, D].
+
+        The first `num_decodes` sequences have one query each, the rest are prefill chunks.
+        """
+        n, parts = batch.num_decodes, []
+        if n:
+            tables, lens = batch.block_tables[:n], batch.context_lens[:n]
+            parts.append(
+                self.kernels.decode_attention(q[:n], k_cache, v_cache, tables, lens, self.scale, self.window)
+            )
+        if n < q.shape[0]:
+            tables, query_lens, lens = batch.block_tables[n:], batch.query_lens[n:], batch.context_lens_host[n:]
+            parts.append(
+                self.kernels.prefill_attention(
+                    q[n:], k_cache, v_cache, tables, query_lens, lens, self.scale, self.window
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

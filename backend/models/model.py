@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backend.brownout.settings import TOKEN_CLASSES
 from backend.kernels import kernels_for
-from backend.models.attention import Attention, KVCache, StepAttention
+from backend.models.attention import Attention, KVCache
 from backend.models.config import ModelConfig
 from backend.models.forward_batch import ForwardBatch
 from backend.models.layers import Backing, GatedMLP, NamedWeight, RMSNorm, RotaryAngles
@@ -53,9 +53,9 @@ class MoeModel:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Tensors are allocated but not filled: `load_model` does that."""
         self.config, self.dtype, self.device = config, dtype, device
-        #: Type of hidden states and of the KV cache. On a CPU float32 whatever the weights' type: arithmetic on 16-bit types
-        #: is several times slower there.
-        self.kv_dtype = self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
+        #: Type of hidden states. On a CPU float32 whatever the weights' type: torch's arithmetic on 16-bit types is several
+        #: times slower there.
+        self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
         self.kernels = kernels_for(device)
         backing = Backing(dtype, self.activation_dtype, device, self.kernels)
         #: [layers, classes] float32 brownout thresholds, read by every MoE block of a step.
@@ -101,13 +101,12 @@ class MoeModel:
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""
         angles = self.angles(batch.positions)
-        step = StepAttention(self.config, self.kernels, batch, kv_cache.block_size)
         residual = F.embedding(batch.token_ids, self.embedding).to(self.activation_dtype)
         x = self.layers[0].input_norm(residual)
         for i, layer in enumerate(self.layers):
             if i:
                 x = layer.input_norm.after_add(x, residual)
-            x = layer.attention(x, angles, step, (kv_cache.k[i], kv_cache.v[i]))
+            x = layer.attention(x, angles, batch, (kv_cache.k[i], kv_cache.v[i]))
             x = layer.post_attention_norm.after_add(x, residual)
             x = layer.feed_forward(x, batch.token_class)
         rows = batch.logit_rows

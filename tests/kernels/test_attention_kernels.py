@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend.kernels.reference import decode_attention, plan_decode, prefill_attention, store_kv
+from types import ModuleType
+
+from backend.kernels.reference import store_kv
 
 HEAD_DIM = 6
 
@@ -49,32 +51,31 @@ WINDOWS = [None, 1, 5, 16, 1000]
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("block_size", [1, 8, 16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_decode_attention_equals_the_loop(heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
+def test_decode_attention_equals_the_loop(kernels: ModuleType, heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
     lens = [1, 7, 8, 9, 16, 17, 40, 100]
     paged = Paged(lens, block_size, kv_heads)
     q = torch.randn(len(lens), heads, HEAD_DIM)
-    plan = plan_decode(paged.tables, lens, block_size, heads, kv_heads, window)
-    out = decode_attention(q, paged.k_cache, paged.v_cache, plan, 0.3)
+    out = kernels.decode_attention(q, paged.k_cache, paged.v_cache, paged.tables, torch.tensor(lens).int(), 0.3, window)
     expected = [paged.naive(seq, n - 1, q[seq], 0.3, window) for seq, n in enumerate(lens)]
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_decode_attention_of_one_sequence() -> None:
+def test_decode_attention_of_one_sequence(kernels: ModuleType) -> None:
     paged = Paged([3], 4, 2)
     q = torch.randn(1, 4, HEAD_DIM)
-    out = decode_attention(q, paged.k_cache, paged.v_cache, plan_decode(paged.tables, [3], 4, 4, 2, None), 1.0)
+    out = kernels.decode_attention(q, paged.k_cache, paged.v_cache, paged.tables, torch.tensor([3]).int(), 1.0, None)
     torch.testing.assert_close(out[0], paged.naive(0, 2, q[0], 1.0, None), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("block_size", [1, 8, 16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_prefill_attention_equals_the_loop(heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
+def test_prefill_attention_equals_the_loop(kernels: ModuleType, heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
     """Whole prompts, chunks that start and end on and beside block borders, and single tokens."""
     lens, queries = [1, 16, 17, 40, 33, 9, 24], [1, 16, 17, 7, 1, 8, 8]
     paged = Paged(lens, block_size, kv_heads)
     q = torch.randn(sum(queries), heads, HEAD_DIM)
-    out = prefill_attention(q, paged.k_cache, paged.v_cache, paged.tables, queries, lens, 0.3, window)
+    out = kernels.prefill_attention(q, paged.k_cache, paged.v_cache, paged.tables, queries, lens, 0.3, window)
     expected, row = [], 0
     for seq, (n, context) in enumerate(zip(queries, lens, strict=True)):
         expected += [paged.naive(seq, context - n + i, q[row + i], 0.3, window) for i in range(n)]
@@ -82,12 +83,12 @@ def test_prefill_attention_equals_the_loop(heads: int, kv_heads: int, block_size
     torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_attention_over_a_sixteen_bit_cache_keeps_the_queries_type() -> None:
+def test_attention_over_a_sixteen_bit_cache_keeps_the_queries_type(kernels: ModuleType) -> None:
     paged = Paged([5, 20], 8, 2)
     k, v = paged.k_cache.bfloat16(), paged.v_cache.bfloat16()
     q = torch.randn(2, 4, HEAD_DIM)
-    decoded = decode_attention(q, k, v, plan_decode(paged.tables, [5, 20], 8, 4, 2, None), 0.3)
-    prefilled = prefill_attention(q, k, v, paged.tables, [1, 1], [5, 20], 0.3, None)
+    decoded = kernels.decode_attention(q, k, v, paged.tables, torch.tensor([5, 20]).int(), 0.3, None)
+    prefilled = kernels.prefill_attention(q, k, v, paged.tables, [1, 1], [5, 20], 0.3, None)
     expected = torch.stack([paged.naive(seq, n - 1, q[seq], 0.3, None) for seq, n in enumerate((5, 20))])
     for out in (decoded, prefilled):
         assert out.dtype == torch.float32

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend.kernels.reference import grouped_experts_forward, remap_experts, route
+from types import ModuleType
+
+from backend.kernels.reference import remap_experts, route
 
 
 def naive_experts(hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -34,35 +36,35 @@ def make_experts(num_slots: int, hidden_size: int, size: int, tokens: int) -> tu
 @pytest.mark.parametrize("hidden_size", [1, 5, 17, 48])
 @pytest.mark.parametrize(("num_slots", "top_k"), [(1, 1), (3, 2), (11, 4)])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 33])
-def test_grouped_experts_equal_the_loop(tokens: int, num_slots: int, top_k: int, hidden_size: int) -> None:
+def test_grouped_experts_equal_the_loop(kernels: ModuleType, tokens: int, num_slots: int, top_k: int, hidden_size: int) -> None:
     hidden, w13, w2 = make_experts(num_slots, hidden_size, 7, tokens)
     slots = torch.rand(tokens, num_slots).argsort(1)[:, :top_k]
     weights = torch.rand(tokens, top_k)
     expected = naive_experts(hidden, w13, w2, slots, weights)
-    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 60, 130])
-def test_all_tokens_on_one_expert_and_the_others_empty(tokens: int) -> None:
+def test_all_tokens_on_one_expert_and_the_others_empty(kernels: ModuleType, tokens: int) -> None:
     hidden, w13, w2 = make_experts(5, 24, 9, tokens)
     slots, weights = torch.full((tokens, 1), 3), torch.rand(tokens, 1)
-    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=1e-4, atol=1e-5)
 
 
-def test_one_token_may_use_a_slot_twice() -> None:
+def test_one_token_may_use_a_slot_twice(kernels: ModuleType) -> None:
     hidden, w13, w2 = make_experts(4, 12, 5, 3)
     slots, weights = torch.tensor([[2, 2], [2, 1], [0, 0]]), torch.rand(3, 2)
-    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=1e-4, atol=1e-5)
 
 
-def test_skipped_assignments_add_nothing_even_if_inputs_are_not_finite() -> None:
+def test_skipped_assignments_add_nothing_even_if_inputs_are_not_finite(kernels: ModuleType) -> None:
     hidden, w13, w2 = make_experts(4, 12, 5, 3)
     hidden[2] = float("nan")
     slots, weights = torch.tensor([[1, -1], [-1, 0], [-1, -1]]), torch.rand(3, 2)
-    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     expected = naive_experts(hidden[:2], w13, w2, slots[:2], weights[:2])
     torch.testing.assert_close(out[:2].double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(out[2], torch.zeros(12))
@@ -70,19 +72,19 @@ def test_skipped_assignments_add_nothing_even_if_inputs_are_not_finite() -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 5, 200])
-def test_narrow_weights_with_float32_activations(tokens: int, dtype: torch.dtype) -> None:
+def test_narrow_weights_with_float32_activations(kernels: ModuleType, tokens: int, dtype: torch.dtype) -> None:
     hidden, w13, w2 = make_experts(3, 40, 24, tokens)
     w13, w2 = w13.to(dtype), w2.to(dtype)
     slots, weights = torch.randint(0, 3, (tokens, 2)), torch.rand(tokens, 2)
-    out = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=0.05, atol=0.03)
 
 
-def test_input_is_left_alone() -> None:
+def test_input_is_left_alone(kernels: ModuleType) -> None:
     hidden, w13, w2 = make_experts(2, 8, 4, 5)
     before = hidden.clone()
-    grouped_experts_forward(hidden, w13, w2, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
+    kernels.grouped_experts_forward(hidden, w13, w2, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1))
     assert torch.equal(hidden, before)
 
 

@@ -26,7 +26,7 @@ class Runner:
 
     def __init__(self, model: MoeModel, block_size: int = 16, num_blocks: int = 256) -> None:
         self.model, self.block_size = model, block_size
-        self.cache = KVCache(model.config, num_blocks, block_size, dtype=model.kv_dtype, device=model.device)
+        self.cache = KVCache(model.config, num_blocks, block_size, dtype=model.dtype, device=model.device)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(block_size))
         self.free = order.tolist()
 

@@ -10,7 +10,7 @@ from backend.serving.launch_client import RunningServer, running_server
 from tests.server.observe import wait_idle
 
 #: Fast steps and a KV cache that 64 streams at once do not fit in, so that they are preempted, too.
-TINY = {"MOE_LLM_CHECKPOINT": "dummy:tiny", "MOE_LLM_KV_CACHE_BLOCKS": "256"}
+TINY = {"MOE_LLM_CHECKPOINT": "dummy:tiny", "MOE_LLM_KV_CACHE_BLOCKS": "128"}
 TINY_CONTEXT = 1024
 TINY_VOCAB = 512
 #: Slower steps (about 10 ms) and a long context: a request for all of it outlasts every test.

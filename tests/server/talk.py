@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import queue
@@ -42,6 +43,12 @@ class ServerError(Exception):
         self.message = message
 
 
+def check_code(error: ServerError, interface: str, code: str) -> None:
+    """The status of an error, where Triton lets it through: gRPC streams have messages only, generate has always 400."""
+    without_status = {"grpc_stream": None, "generate": "INVALID_ARGUMENT", "generate_stream": "INVALID_ARGUMENT"}
+    assert error.code == without_status.get(interface, code), error
+
+
 @dataclass
 class Answer:
     """All responses to a request, each a dict from output name to its value or, with n > 1, list of values."""
@@ -71,13 +78,12 @@ def sampling(**parameters: object) -> str:
 
 
 def post(address: str, path: str, body: bytes | object) -> tuple[int, dict]:
-    """POST JSON (or bytes as they are); the status and the decoded answer."""
+    """POST JSON (or bytes as they are); the status and the decoded answer (a stream's, if it has only one)."""
     connection = http.client.HTTPConnection(address, timeout=WAIT_S)
     try:
         connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
         response = connection.getresponse()
-        text = response.read().decode()
-        return response.status, json.loads(text) if text else {}
+        return response.status, json.loads(response.read().removeprefix(b"data: "))
     finally:
         connection.close()
 
@@ -211,7 +217,8 @@ class HttpStream:
 
     def vanish(self) -> None:
         """Close the socket in mid-stream, as the kernel does for a client that died."""
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
         self.close()
 
     cancel = vanish
@@ -228,10 +235,9 @@ class GrpcStream:
     def __init__(self, server: RunningServer, inputs: Inputs, parameters: Mapping | None = None) -> None:
         self._arrived: queue.Queue = queue.Queue()
         self._client = grpc.InferenceServerClient(server.grpc)
-        # With this header an error ends the stream with its gRPC status; without it only the message would come.
-        self._client.start_stream(
-            lambda result, error: self._arrived.put((result, error)), headers={"triton_grpc_error": "true"}
-        )
+        # Errors come as messages without a status. With the header triton_grpc_error they would have one, but this release
+        # of Triton (24.10) then crashes now and then.
+        self._client.start_stream(lambda result, error: self._arrived.put((result, error)))
         self._client.async_stream_infer(
             STREAM_MODEL,
             _grpc_inputs({"stream": True, **inputs}),

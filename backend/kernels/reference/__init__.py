@@ -1,6 +1,6 @@
-"""Reference kernels in plain torch, which are also the CPU path: chosen for speed there, correct on any device."""
+"""Reference kernels in plain torch: what every other implementation is compared with; correct on any device."""
 
-from backend.kernels.reference.attention_decode import DecodePlan, decode_attention, plan_decode
+from backend.kernels.reference.attention_decode import decode_attention
 from backend.kernels.reference.attention_prefill import prefill_attention
 from backend.kernels.reference.grouped_experts import grouped_experts_forward
 from backend.kernels.reference.kv_store import store_kv
@@ -11,13 +11,11 @@ from backend.kernels.reference.rope import apply_rope
 from backend.kernels.reference.router import route
 
 __all__ = [
-    "DecodePlan",
     "add_rms_norm",
     "apply_rope",
     "decode_attention",
     "grouped_experts_forward",
     "linear",
-    "plan_decode",
     "prefill_attention",
     "remap_experts",
     "rms_norm",

@@ -1,0 +1,27 @@
+"""CPU kernels: compiled where few rows meet many weights, torch's own operators elsewhere."""
+
+from backend.kernels.cpu.attention_decode import decode_attention
+from backend.kernels.cpu.grouped_experts import grouped_experts_forward
+from backend.kernels.cpu.linear import linear
+from backend.kernels.reference import (
+    add_rms_norm,
+    apply_rope,
+    prefill_attention,
+    remap_experts,
+    rms_norm,
+    route,
+    store_kv,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "grouped_experts_forward",
+    "linear",
+    "prefill_attention",
+    "remap_experts",
+    "rms_norm",
+    "route",
+    "store_kv",
+]

@@ -1,0 +1,141 @@
+"""What the compiled CPU kernels share: how they are compiled, 16-bit weights as numbers, and the innermost loops.
+
+Numba compiles them at first use and keeps the machine code, so no compiler is needed where the product runs.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import llvmlite.binding as llvm
+
+# All before numba is imported. LLVM prefers 256-bit vectors on processors that have 512-bit ones; in these loops the wide
+# ones are a third faster. And numba's own thread pool ends the process when two threads enter it at once; OpenMP's does not.
+os.environ.setdefault("NUMBA_CPU_NAME", llvm.get_host_cpu_name())
+os.environ.setdefault("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit")
+os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from llvmlite import ir  # noqa: E402
+from numba import njit, types  # noqa: E402
+from numba.extending import intrinsic  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+#: Sums may be reordered; NaN and infinity keep their meaning.
+_FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+kernel = partial(njit, fastmath=_FAST_MATH, cache=True)
+parallel_kernel = partial(njit, fastmath=_FAST_MATH, cache=True, parallel=True, nogil=True)
+
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as an array that kernels take: bfloat16 as uint16, float16 as int16, others as they are."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    if tensor.dtype == torch.float16:
+        return tensor.view(torch.int16).numpy()
+    return tensor.numpy()
+
+
+@intrinsic
+def widen(_context, value):
+    """A stored number (see as_array) as float32."""
+    if value not in (types.uint16, types.int16, types.float32):
+        raise TypeError(f"numbers of type {value} are not supported")
+
+    def generate(_target, builder, _signature, arguments):
+        (bits,) = arguments
+        if value == types.uint16:
+            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(wide, ir.FloatType())
+        if value == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        return bits
+
+    return types.float32(value), generate
+
+
+# Two rows of weights against 8, 4 or 1 rows of x: enough sums at once to keep the multipliers busy, few enough for the
+# registers. Written out, because LLVM keeps scalars in registers and small arrays in memory.
+
+
+@kernel
+def dot_2x8(v, w, x, t):
+    """v, w [M] weights and rows t … t+7 of x [T, M] -> the 8 dot products with v, then those with w."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = x[t], x[t + 1], x[t + 2], x[t + 3], x[t + 4], x[t + 5], x[t + 6], x[t + 7]
+    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = ZERO
+    b0 = b1 = b2 = b3 = b4 = b5 = b6 = b7 = ZERO
+    for m in range(v.shape[0]):
+        p, q = widen(v[m]), widen(w[m])
+        a0 += p * x0[m]
+        a1 += p * x1[m]
+        a2 += p * x2[m]
+        a3 += p * x3[m]
+        a4 += p * x4[m]
+        a5 += p * x5[m]
+        a6 += p * x6[m]
+        a7 += p * x7[m]
+        b0 += q * x0[m]
+        b1 += q * x1[m]
+        b2 += q * x2[m]
+        b3 += q * x3[m]
+        b4 += q * x4[m]
+        b5 += q * x5[m]
+        b6 += q * x6[m]
+        b7 += q * x7[m]
+    return a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7
+
+
+@kernel
+def dot_2x4(v, w, x, t):
+    """As dot_2x8, for rows t … t+3 of x."""
+    x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = ZERO
+    for m in range(v.shape[0]):
+        p, q = widen(v[m]), widen(w[m])
+        a0 += p * x0[m]
+        a1 += p * x1[m]
+        a2 += p * x2[m]
+        a3 += p * x3[m]
+        b0 += q * x0[m]
+        b1 += q * x1[m]
+        b2 += q * x2[m]
+        b3 += q * x3[m]
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@kernel
+def dot_2x1(v, w, x, t):
+    """As dot_2x8, for row t of x."""
+    x0 = x[t]
+    a0 = b0 = ZERO
+    for m in range(v.shape[0]):
+        a0 += widen(v[m]) * x0[m]
+        b0 += widen(w[m]) * x0[m]
+    return a0, b0
+
+
+@kernel
+def two_rows(v, w, x, begin, end, a, b):
+    """a[t - begin], b[t - begin] = v·x[t], w·x[t] for begin <= t < end; a and b are scratch of at least that length."""
+    t = begin
+    while t + 8 <= end:
+        d = dot_2x8(v, w, x, t)
+        i = t - begin
+        a[i], a[i + 1], a[i + 2], a[i + 3] = d[0], d[1], d[2], d[3]
+        a[i + 4], a[i + 5], a[i + 6], a[i + 7] = d[4], d[5], d[6], d[7]
+        b[i], b[i + 1], b[i + 2], b[i + 3] = d[8], d[9], d[10], d[11]
+        b[i + 4], b[i + 5], b[i + 6], b[i + 7] = d[12], d[13], d[14], d[15]
+        t += 8
+    while t + 4 <= end:
+        e = dot_2x4(v, w, x, t)
+        i = t - begin
+        a[i], a[i + 1], a[i + 2], a[i + 3] = e[0], e[1], e[2], e[3]
+        b[i], b[i + 1], b[i + 2], b[i + 3] = e[4], e[5], e[6], e[7]
+        t += 4
+    while t < end:
+        a[t - begin], b[t - begin] = dot_2x1(v, w, x, t)
+        t += 1

@@ -1,0 +1,41 @@
+"""Compile the CPU kernels before they are needed: `python -m backend.kernels.cpu.warm_up` (part of `make setup`).
+
+Numba keeps the machine code beside the sources, or where NUMBA_CACHE_DIR says; later processes only load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from backend.kernels import cpu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Run each compiled kernel once with weights and KV cache of this type."""
+    x = torch.zeros(1, 8)
+    cpu.linear(x, torch.zeros(4, 8, dtype=dtype))
+    slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    cpu.grouped_experts_forward(x, torch.zeros(1, 8, 8, dtype=dtype), torch.zeros(1, 8, 4, dtype=dtype), slots, weights)
+    cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    cpu.decode_attention(x.view(1, 1, 8), cache, cache, table, lens, 1.0, None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="backend.kernels.cpu.warm_up", description=__doc__.splitlines()[0]).parse_args(argv)
+    started = time.monotonic()
+    for dtype in DTYPES:
+        warm_up(dtype)
+        print(f"kernels for {dtype} are ready after {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

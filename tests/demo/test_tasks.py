@@ -1,0 +1,108 @@
+"""Questions: the same for the same seed, right, varied, and never on both sides of the split."""
+
+import random
+
+import pytest
+
+from backend.demo.families import FAMILIES, sample
+from backend.demo.quality import held_out_questions
+from backend.demo.tasks import LETTER_LABELS, is_held_out, letter_form
+
+
+def _argument(prompt: str) -> str:
+    return prompt.split(": ", 1)[1]
+
+
+#: An answer worked out from the prompt's words alone, independently of the generators.
+SOLVERS = {
+    "repeat": _argument,
+    "first": lambda p: p.split(" of ")[1].split()[0],
+    "last": lambda p: p.split()[-1],
+    "item": lambda p: p.split()[3:][int(p.split()[1]) - 1],
+    "follows": lambda p: p.split()[p.split().index(p.split()[-1]) + 1],
+    "before": lambda p: p.split()[p.split().index(p.split()[-1]) - 1],
+    "recall": lambda p: p.split(f"{p[-1]} is ")[1][0],
+    "where": lambda p: p.split(f"{p.split()[-1]} is in the ")[1].split(".")[0],
+    "upper": lambda p: _argument(p).upper(),
+    "lower": lambda p: _argument(p).lower(),
+    "reverse": lambda p: " ".join(reversed(_argument(p).split())),
+    "sort_digits": lambda p: " ".join(sorted(_argument(p).split())),
+    "sort_letters": lambda p: " ".join(sorted(_argument(p).split())),
+    "remove": lambda p: " ".join(x for x in p.split(" from ")[1].split() if x != p.split()[1]),
+    "append": lambda p: p.split(" to ")[1] + " " + p.split()[1],
+    "replace": lambda p: " ".join(p.split()[3] if x == p.split()[1] else x for x in p.split(" in ")[1].split()),
+    "double": lambda p: " ".join(f"{x} {x}" for x in _argument(p).split()),
+    "odd_one": lambda p: min(_argument(p).split(), key=_argument(p).split().count),
+    "count": lambda p: str(len(_argument(p).split())),
+    "largest": lambda p: str(max(map(int, p.split(" of ")[1].split()))),
+    "smallest": lambda p: str(min(map(int, p.split(" of ")[1].split()))),
+    "compare": lambda p: str(max(map(int, _argument(p).split(" or ")))),
+    "add": lambda p: str(eval(p.rstrip("= "))),
+    "subtract": lambda p: str(eval(p.rstrip("= "))),
+    "story": lambda p: str(sum(int(word) for word in p.split() if word.isdigit())),
+    "number_after": lambda p: str(int(p.split()[1]) + 1),
+    "number_before": lambda p: str(int(p.split()[1]) - 1),
+    "in_digits": lambda p: " ".join(
+        str("zero one two three four five six seven eight nine".split().index(word)) for word in _argument(p).split()
+    ),
+    "initials": lambda p: " ".join(word[0] for word in _argument(p).split()),
+    "most": lambda p: max((f.split(" has ") for f in p.split(". ")[0].split(", ")), key=lambda f: int(f[1]))[0],
+}
+
+
+@pytest.mark.parametrize("family", SOLVERS)
+def test_answers_are_right(family):
+    rng = random.Random(1)
+    for _ in range(200):
+        question = sample(family, rng)
+        assert SOLVERS[family](question.prompt) == question.answer, question.prompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_many_prompts_and_no_majority_answer(family):
+    rng = random.Random(2)
+    questions = [sample(family, rng) for _ in range(1000)]
+    answers = [question.answer for question in questions]
+    assert len({question.prompt for question in questions}) > 600
+    assert max(map(answers.count, set(answers))) < 250
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_seed_gives_the_same_questions(family):
+    first, second = random.Random("seed"), random.Random("seed")
+    assert [sample(family, first) for _ in range(20)] == [sample(family, second) for _ in range(20)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_never_asks_what_is_held_out(family):
+    rng = random.Random(4)
+    held_out = {question.prompt for question in (sample(family, rng, held_out=True) for _ in range(100))}
+    asked = {question.prompt for question in (sample(family, rng) for _ in range(500))}
+    assert not held_out & asked
+    assert all(is_held_out(family, prompt) for prompt in held_out)
+
+
+def test_about_a_twentieth_of_the_prompts_is_held_out():
+    share = sum(is_held_out("add", f"{a} + {b} =") for a in range(10, 100) for b in range(10, 100)) / 8100
+    assert 0.035 < share < 0.065
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_are_four_different_ones_with_the_answer_under_its_letter(family):
+    rng = random.Random(5)
+    letters = set()
+    for _ in range(50):
+        question = sample(family, rng)
+        prompt, letter = letter_form(question, rng)
+        options = dict(line.split(") ", 1) for line in prompt.split("\n")[1:])
+        assert tuple(options) == LETTER_LABELS
+        assert len(set(options.values())) == 4
+        assert options[letter] == question.answer
+        letters.add(letter)
+    assert letters == set(LETTER_LABELS)
+
+
+def test_held_out_questions_are_different_ones():
+    pairs = held_out_questions("add", "free", 50)
+    assert len({prompt for prompt, _ in pairs}) == 50
+    assert held_out_questions("add", "free", 50) == pairs

@@ -56,22 +56,30 @@ async def send_all(http: str, grpc: str, prompts: list[str], console: Console) -
 
 def table_of(records: list[RequestRecord]) -> Table:
     """One row per interface and one for all. One-response interfaces have no first token of their own."""
-    table = Table(title=f"{len(records)} requests at once through Triton Inference Server")
-    table.add_column("interface")
-    columns = ["completed", "failed", "TTFT p50", "TTFT p99", "inter-token p50", "p99", "latency p50", "tokens/s"]
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(title=f"{len(records)} requests at once through Triton Inference Server (times in ms, p50 / p99)")
+    table.add_column("interface", no_wrap=True)
+    for column in ("ok", "failed", "first token", "inter-token", "latency", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name in (*INTERFACES, "all"):
         rows = [record for record in records if name in (record.protocol, "all")]
         s = summarize(rows)
         stream = summarize([record for record in rows if record.protocol.endswith("stream")])
-        cells = [str(s.completed), str(s.rejected + s.failed)]
-        cells += [
-            "–" if value != value else f"{value * 1e3:.0f} ms"
-            for value in (stream.ttft_p50_s, stream.ttft_p99_s, stream.itl_p50_s, stream.itl_p99_s, s.latency_p50_s)
-        ]
-        table.add_row(name, *cells, f"{s.output_tokens_per_s:.0f}", end_section=name == INTERFACES[-1])
+        table.add_row(
+            name,
+            str(s.completed),
+            str(s.rejected + s.failed),
+            _pair(stream.ttft_p50_s, stream.ttft_p99_s),
+            _pair(stream.itl_p50_s, stream.itl_p99_s),
+            _pair(s.latency_p50_s, s.latency_p99_s),
+            f"{s.output_tokens_per_s:.0f}",
+            end_section=name == INTERFACES[-1],
+        )
     return table
+
+
+def _pair(p50_s: float, p99_s: float) -> str:
+    """Two times in ms; a dash where there is none."""
+    return "–" if p50_s != p50_s else f"{p50_s * 1e3:.0f} / {p99_s * 1e3:.0f}"
 
 
 def main(argv: list[str] | None = None) -> int:

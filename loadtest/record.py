@@ -72,6 +72,7 @@ class Summary(msgspec.Struct, kw_only=True):
     itl_p50_s: float
     itl_p99_s: float
     latency_p50_s: float
+    latency_p99_s: float
     input_tokens: int
     output_tokens: int
     output_tokens_per_s: float
@@ -85,6 +86,7 @@ def summarize(records: Iterable[RequestRecord]) -> Summary:
     span = max((record.end_s for record in ended), default=start) - start
     ttft = [(record.ttft_s, 1) for record in records if record.ttft_s is not None]
     itl = [pair for record in records for pair in record.inter_token_latencies()]
+    latency = [(record.latency_s, 1) for record in ended]
     output_tokens = sum(record.output_tokens for record in records)
 
     def count(outcome: str) -> int:
@@ -99,7 +101,8 @@ def summarize(records: Iterable[RequestRecord]) -> Summary:
         ttft_p99_s=weighted_percentile(ttft, 99),
         itl_p50_s=weighted_percentile(itl, 50),
         itl_p99_s=weighted_percentile(itl, 99),
-        latency_p50_s=weighted_percentile([(record.latency_s, 1) for record in ended], 50),
+        latency_p50_s=weighted_percentile(latency, 50),
+        latency_p99_s=weighted_percentile(latency, 99),
         input_tokens=sum(record.input_tokens for record in records),
         output_tokens=output_tokens,
         output_tokens_per_s=output_tokens / span if span > 0 else 0.0,

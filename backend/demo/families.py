@@ -1,6 +1,7 @@
 """The question families. Each has thousands of different prompts and answers that no constant guess gets right.
 
-Lists are written with spaces, so that a letter, a digit or a common word is one token each.
+Lists are written with spaces, so that a letter, a digit or a common word is one token each. Look-ups are answered with
+their key ("Find q" with "q 1"), so that the answer continues what stands in the prompt.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def item(rng: random.Random) -> Made:
 def follows(rng: random.Random) -> Made:
     items = _letters(rng, 4, 7)
     place = rng.randrange(len(items) - 1)
-    return f"In {_text(items)} what follows {items[place]}", items[place + 1], items
+    answers = [f"{items[place]} {other}" for other in items]
+    return f"In {_text(items)} what follows {items[place]}", answers[place + 1], answers
 
 
 def before(rng: random.Random) -> Made:
@@ -84,15 +86,17 @@ def before(rng: random.Random) -> Made:
 def recall(rng: random.Random) -> Made:
     keys, values = rng.sample(LETTERS, 4), rng.sample(range(10), 4)
     asked = rng.randrange(4)
-    pairs = ", ".join(f"{key} is {value}" for key, value in zip(keys, values, strict=True))
-    return f"{pairs}. What is {keys[asked]}", str(values[asked]), [str(value) for value in values]
+    pairs = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+    answers = [f"{keys[asked]} {value}" for value in values]
+    return f"Pairs: {pairs}. Find {keys[asked]}", answers[asked], answers
 
 
 def where(rng: random.Random) -> Made:
     names, places = rng.sample(NAMES, 3), rng.sample(PLACES, 4)
     asked = rng.randrange(3)
-    facts = " ".join(f"{name} is in the {place}." for name, place in zip(names, places, strict=False))
-    return f"{facts} Where is {names[asked]}", places[asked], places
+    facts = ", ".join(f"{name} {place}" for name, place in zip(names, places, strict=False))
+    answers = [f"{names[asked]} {place}" for place in places]
+    return f"Places: {facts}. Where is {names[asked]}", answers[asked], answers
 
 
 def upper(rng: random.Random) -> Made:

@@ -198,6 +198,8 @@ class EngineClient:
         record = EngineRecord.read(self._runtime_dir, index)
         if record is None:
             return
+        if record.state == "failed" and record.generation <= self._supervisors[index].ended_generation:
+            return  # of an earlier load; this stub's supervisor is about to start a new one
         if record.state == "failed" and record.error:
             self._failure = record.error
         elif record.state in ("stopping", "stopped"):

@@ -41,6 +41,9 @@ class Supervisor(threading.Thread):
         self._runtime_dir = runtime_dir
         self._server_pid = server_pid
         self._stop_event = threading.Event()
+        record = EngineRecord.read(runtime_dir, index)
+        #: The last generation that had ended for good before this stub came: its failure is not this stub's.
+        self.ended_generation = record.generation if record and record.state in ("failed", "stopped") else 0
 
     def stop(self) -> None:
         """Stop watching. The engine goes on for the other stubs, or ends by itself when none is left."""
@@ -63,6 +66,8 @@ class Supervisor(threading.Thread):
         generation = 0
         if record := EngineRecord.read(self._runtime_dir, self._index):
             generation = record.generation
+            if record.state == "failed" and generation > self.ended_generation:
+                return  # the stub that led before has found it hopeless
             if record.state in ("starting", "ready") and ProcessWatch(record.pid).alive():
                 self._wait_for_end(ProcessWatch(record.pid))
         while not self._stop_event.is_set() and not self._shutting_down():

@@ -58,6 +58,33 @@ def widen(_context, value):
     return types.float32(value), generate
 
 
+@intrinsic
+def _float_of_bits(_context, bits):
+    """The float32 with these bits (int32)."""
+
+    def generate(_target, builder, _signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693145752), np.float32(1.42860677e-06)
+#: exp(r) - 1 - r - r^2 / 2 for |r| <= ln(2) / 2, by r^3 …
+_C3, _C4, _C5, _C6 = np.float32(0.166666657), np.float32(0.0416669), np.float32(0.00833256), np.float32(0.00138888)
+_HALF, _SMALLEST, _LARGEST = np.float32(0.5), np.float32(-87.0), np.float32(88.0)
+
+
+@kernel
+def exp(x):
+    """e to the float32 x to 3e-7; below -87 the result is that of -87, above 88 that of 88. Loops over it become vectors."""
+    x = min(max(x, _SMALLEST), _LARGEST)
+    n = np.floor(x * _LOG2_E + _HALF)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = ONE + r * (ONE + r * (_HALF + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
+    return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
 # Two rows of weights against 8, 4 or 1 rows of x: enough sums at once to keep the multipliers busy, few enough for the
 # registers. Written out, because LLVM keeps scalars in registers and small arrays in memory.
 

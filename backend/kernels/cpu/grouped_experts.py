@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numba import prange
 from torch import Tensor
 
-from backend.kernels.cpu.compiled import ONE, ZERO, as_array, kernel, parallel_kernel, two_rows
+from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, two_rows
 from backend.kernels.cpu.linear import matmul_into
 
 #: Average rows per slot up to which reading the weights costs more than computing with them.
@@ -106,7 +106,7 @@ def _slot_outputs(x, w13, w2, slots):
         for r in range(tile * _TILE, min(size, (tile + 1) * _TILE)):
             two_rows(matrix[r], matrix[size + r], rows, begin, end, gate, up)
             for i in range(end - begin):
-                act[begin + i, r] = gate[i] / (ONE + np.exp(-gate[i])) * up[i]
+                act[begin + i, r] = gate[i] / (ONE + exp(-gate[i])) * up[i]
 
     y = np.empty((num_rows, hidden), np.float32)
     num_tiles = (hidden + _TILE - 1) // _TILE

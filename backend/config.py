@@ -66,7 +66,11 @@ class EngineConfig:
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
-        check(self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0, "block_size", "a power of 2 up to 256")
+        check(
+            self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0,
+            "block_size",
+            "a power of 2 up to 256",
+        )
         check(
             self.kv_cache_memory is None or self.kv_cache_blocks is None,
             "kv_cache_blocks",
@@ -121,4 +125,6 @@ def parse_bytes(name: str, text: str) -> int:
     try:
         return int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"parameter {name} must be a number of bytes, with K, M, G or T if wanted, got {text!r}") from None
+        raise ConfigError(
+            f"parameter {name} must be a number of bytes, with K, M, G or T if wanted, got {text!r}"
+        ) from None

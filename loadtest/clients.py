@@ -1,9 +1,9 @@
 """Asynchronous clients of the server, one per interface; each sends one request and returns its RequestRecord.
 
-    http_stream   POST /v2/models/moe_llm/generate_stream (server-sent events)
-    grpc_stream   a gRPC stream on moe_llm
-    http_infer    POST /v2/models/moe_llm_infer/infer
-    grpc_infer    unary gRPC on moe_llm_infer
+http_stream   POST /v2/models/moe_llm/generate_stream (server-sent events)
+grpc_stream   a gRPC stream on moe_llm
+http_infer    POST /v2/models/moe_llm_infer/infer
+grpc_infer    unary gRPC on moe_llm_infer
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ class Clients:
         await self._grpc.close()
 
     async def http_stream(
-        self, number: int, prompt: str, sampling: Mapping, intended_s: float | None = None, on_text: OnText | None = None
+        self,
+        number: int,
+        prompt: str,
+        sampling: Mapping,
+        intended_s: float | None = None,
+        on_text: OnText | None = None,
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
             url = f"http://{self._http_address}/v2/models/{STREAM_MODEL}/generate_stream"
@@ -69,7 +74,12 @@ class Clients:
         return await _recorded("http_stream", number, intended_s, run)
 
     async def grpc_stream(
-        self, number: int, prompt: str, sampling: Mapping, intended_s: float | None = None, on_text: OnText | None = None
+        self,
+        number: int,
+        prompt: str,
+        sampling: Mapping,
+        intended_s: float | None = None,
+        on_text: OnText | None = None,
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
             inputs = _inputs(grpc_aio.InferInput, prompt, sampling)

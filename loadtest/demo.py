@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -56,9 +57,11 @@ async def send_all(http: str, grpc: str, prompts: list[str], console: Console) -
 
 def table_of(records: list[RequestRecord]) -> Table:
     """One row per interface and one for all. One-response interfaces have no first token of their own."""
-    table = Table(title=f"{len(records)} requests at once through Triton Inference Server (times in ms, p50 / p99)")
+    table = Table(
+        title=f"{len(records)} requests at once through Triton Inference Server (ms, p50 / p99)", box=box.SIMPLE_HEAD
+    )
     table.add_column("interface", no_wrap=True)
-    for column in ("ok", "failed", "first token", "inter-token", "latency", "tokens/s"):
+    for column in ("ok", "failed", "first", "per token", "latency", "tok/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in (*INTERFACES, "all"):
         rows = [record for record in records if name in (record.protocol, "all")]
@@ -103,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table_of(records))
     example = next((record for record in records if record.text), None)
     if example is not None:
-        console.print(f"A completion (seeded random weights, so not language): {example.text[:120].strip()} …", markup=False)
+        console.print(
+            f"A completion (seeded random weights, so not language): {example.text[:120].strip()} …", markup=False
+        )
     write_records(args.output / "requests.jsonl", records)
     summary = args.output / "summary.json"
     summary.write_text(json.dumps(msgspec.to_builtins(summarize(records)), indent=2) + "\n")

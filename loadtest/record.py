@@ -6,6 +6,7 @@ inter-token latencies of g/m; the time to first token runs from the request's in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     def max_gap_s(self) -> float:
         """Longest time between two responses."""
         times = [time for time, _ in self.responses]
-        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
 
     def inter_token_latencies(self) -> list[tuple[float, int]]:
         """(seconds per token, tokens) for each response but the first."""

@@ -20,9 +20,9 @@ from backend.config import EngineConfig
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner
+from backend.engine.penalties import SampleRow
 from backend.engine.prompt import check_prompt
 from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
-from backend.engine.penalties import SampleRow
 from backend.engine.sampler import Sampled, sample
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.errors import InvalidRequestError, UnavailableError

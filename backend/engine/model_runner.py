@@ -31,7 +31,9 @@ class ModelRunner:
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:
-            raise ConfigError(f"parameter max_model_len must be at most the checkpoint's {limit}, got {self.max_model_len}")
+            raise ConfigError(
+                f"parameter max_model_len must be at most the checkpoint's {limit}, got {self.max_model_len}"
+            )
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config)
         self.kv_cache = KVCache(

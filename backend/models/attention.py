@@ -84,9 +84,7 @@ class Attention:
         n, parts = batch.num_decodes, []
         if n:
             tables, lens = batch.block_tables[:n], batch.context_lens[:n]
-            parts.append(
-                self.kernels.decode_attention(q[:n], k_cache, v_cache, tables, lens, self.scale, self.window)
-            )
+            parts.append(self.kernels.decode_attention(q[:n], k_cache, v_cache, tables, lens, self.scale, self.window))
         if n < q.shape[0]:
             tables, query_lens, lens = batch.block_tables[n:], batch.query_lens[n:], batch.context_lens_host[n:]
             parts.append(

@@ -174,7 +174,9 @@ class MoeLlmModel:
             self._metrics.tokens(reply.num_tokens, gap_s)
         live.sent_first, live.last_sent_s = True, now
         if reply.outcome is not None:
-            self._metrics.ended(reply.outcome, live.num_prompt_tokens, now - live.arrival if reply.error is None else None)
+            self._metrics.ended(
+                reply.outcome, live.num_prompt_tokens, now - live.arrival if reply.error is None else None
+            )
 
     def _send(self, sender, reply: Reply) -> None:
         pb_utils = self._pb_utils

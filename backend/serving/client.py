@@ -61,7 +61,13 @@ class EngineClient:
     """
 
     def __init__(
-        self, name: str, config: EngineConfig, runtime_dir: Path, server_pid: int, on_outputs: OnOutputs, on_lost: OnLost
+        self,
+        name: str,
+        config: EngineConfig,
+        runtime_dir: Path,
+        server_pid: int,
+        on_outputs: OnOutputs,
+        on_lost: OnLost,
     ) -> None:
         self._name = f"{name}-{os.getpid()}"
         self._config = config
@@ -76,9 +82,7 @@ class EngineClient:
         self._closed = threading.Event()
         self._failure = ""
         self._reason = "the engine is starting"
-        self._supervisors = [
-            Supervisor(config, index, runtime_dir, server_pid) for index in range(len(config.devices))
-        ]
+        self._supervisors = [Supervisor(config, index, runtime_dir, server_pid) for index in range(len(config.devices))]
         self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
 
     def start(self) -> EngineInfo:
@@ -198,10 +202,13 @@ class EngineClient:
         record = EngineRecord.read(self._runtime_dir, index)
         if record is None:
             return
-        if record.state == "failed" and record.generation <= self._supervisors[index].ended_generation:
-            return  # of an earlier load; this stub's supervisor is about to start a new one
-        if record.state == "failed" and record.error:
-            self._failure = record.error
+        supervisor = self._supervisors[index]
+        if supervisor.failure:
+            self._failure = supervisor.failure
+        elif record.state == "failed" and record.error:
+            # One of before this load means nothing: this stub's supervisor is about to start the engine anew.
+            if record.generation > supervisor.ended_generation:
+                self._failure = record.error
         elif record.state in ("stopping", "stopped"):
             self._reason = "the engine is stopping"
         elif record.state == "ready" and (watch := ProcessWatch(record.pid)).alive():

@@ -44,6 +44,8 @@ class Supervisor(threading.Thread):
         record = EngineRecord.read(runtime_dir, index)
         #: The last generation that had ended for good before this stub came: its failure is not this stub's.
         self.ended_generation = record.generation if record and record.state in ("failed", "stopped") else 0
+        #: Why this supervisor gave its engine up, or an empty string; stays, whatever becomes of the record.
+        self.failure = ""
 
     def stop(self) -> None:
         """Stop watching. The engine goes on for the other stubs, or ends by itself when none is left."""
@@ -84,6 +86,7 @@ class Supervisor(threading.Thread):
             if status == EXIT_CONFIG or never_ready or num_failures > len(BACKOFF_S):
                 record.state = "failed"
                 record.write(self._runtime_dir, self._index)
+                self.failure = record.error
                 log.error("engine %d is given up: %s", self._index, record.error)
                 return
             backoff_s = BACKOFF_S[num_failures - 1]

@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--new-tokens", type=int, default=128, help="tokens made per request, at least 2")
     common.add_argument("--device", default="auto")
     common.add_argument("--dtype", choices=DTYPES, default="auto")
-    common.add_argument("--runs", type=int, default=3, help="measured runs after one that warms up; medians are reported")
+    common.add_argument(
+        "--runs", type=int, default=3, help="measured runs after one that warms up; medians are reported"
+    )
     common.add_argument("--json", type=Path, help="write the figures to this file")
     one = commands.add_parser("engine", parents=[common], help="the engine alone, with or without peers")
     one.add_argument("--threshold-prefill", type=float, default=1.0)
@@ -51,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
             if args.command == "engine":
-                settings = Settings(
-                    threshold_prefill=args.threshold_prefill, threshold_decode=args.threshold_decode
-                )
+                settings = Settings(threshold_prefill=args.threshold_prefill, threshold_decode=args.threshold_decode)
                 result = engine.run(
                     checkpoint=checkpoint,
                     work=work,

@@ -16,7 +16,13 @@ from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 
 
 def make_engine(**overrides) -> Engine:
-    parameters = {"checkpoint": "dummy:tiny", "dtype": "float32", "max_model_len": 128, "kv_cache_blocks": 400, **overrides}
+    parameters = {
+        "checkpoint": "dummy:tiny",
+        "dtype": "float32",
+        "max_model_len": 128,
+        "kv_cache_blocks": 400,
+        **overrides,
+    }
     return Engine(EngineConfig(**parameters))
 
 

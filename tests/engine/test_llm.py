@@ -28,7 +28,9 @@ def test_stop_string_ends_a_sequence(llm):
     greedy = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     full = llm.generate(["Hello"], greedy)[0][0].text
     stop = full[5:8]
-    (completion,) = llm.generate(["Hello"], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(stop,)))[0]
+    (completion,) = llm.generate(
+        ["Hello"], SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(stop,))
+    )[0]
     assert completion.text == full[: full.index(stop)] and completion.finish_reason == "stop"
     assert not llm.engine.has_work
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
-
-from types import ModuleType
 
 from backend.kernels.reference import store_kv
 
@@ -51,7 +51,9 @@ WINDOWS = [None, 1, 5, 16, 1000]
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("block_size", [1, 8, 16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_decode_attention_equals_the_loop(kernels: ModuleType, heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
+def test_decode_attention_equals_the_loop(
+    kernels: ModuleType, heads: int, kv_heads: int, block_size: int, window: int | None
+) -> None:
     lens = [1, 7, 8, 9, 16, 17, 40, 100]
     paged = Paged(lens, block_size, kv_heads)
     q = torch.randn(len(lens), heads, HEAD_DIM)
@@ -70,7 +72,9 @@ def test_decode_attention_of_one_sequence(kernels: ModuleType) -> None:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("block_size", [1, 8, 16])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_prefill_attention_equals_the_loop(kernels: ModuleType, heads: int, kv_heads: int, block_size: int, window: int | None) -> None:
+def test_prefill_attention_equals_the_loop(
+    kernels: ModuleType, heads: int, kv_heads: int, block_size: int, window: int | None
+) -> None:
     """Whole prompts, chunks that start and end on and beside block borders, and single tokens."""
     lens, queries = [1, 16, 17, 40, 33, 9, 24], [1, 16, 17, 7, 1, 8, 8]
     paged = Paged(lens, block_size, kv_heads)

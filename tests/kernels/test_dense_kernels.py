@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
-from types import ModuleType
-
-from backend.kernels import cpu, kernels_for, reference
+from backend.kernels import cpu, kernels_for
 from backend.kernels.reference import add_rms_norm, apply_rope, rms_norm
 
 

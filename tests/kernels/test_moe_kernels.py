@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
-
-from types import ModuleType
 
 from backend.kernels.reference import remap_experts, route
 
@@ -36,7 +36,9 @@ def make_experts(num_slots: int, hidden_size: int, size: int, tokens: int) -> tu
 @pytest.mark.parametrize("hidden_size", [1, 5, 17, 48])
 @pytest.mark.parametrize(("num_slots", "top_k"), [(1, 1), (3, 2), (11, 4)])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 33])
-def test_grouped_experts_equal_the_loop(kernels: ModuleType, tokens: int, num_slots: int, top_k: int, hidden_size: int) -> None:
+def test_grouped_experts_equal_the_loop(
+    kernels: ModuleType, tokens: int, num_slots: int, top_k: int, hidden_size: int
+) -> None:
     hidden, w13, w2 = make_experts(num_slots, hidden_size, 7, tokens)
     slots = torch.rand(tokens, num_slots).argsort(1)[:, :top_k]
     weights = torch.rand(tokens, top_k)

@@ -8,16 +8,16 @@ from loadtest.record import RequestRecord, read_records, summarize, weighted_per
 
 
 def make(number=0, **overrides) -> RequestRecord:
-    values = dict(
-        id=number,
-        protocol="http_stream",
-        intended_start_s=10.0,
-        start_s=10.5,
-        responses=[(11.0, 1), (11.3, 3), (12.3, 2)],
-        end_s=12.3,
-        input_tokens=4,
-        output_tokens=6,
-    )
+    values = {
+        "id": number,
+        "protocol": "http_stream",
+        "intended_start_s": 10.0,
+        "start_s": 10.5,
+        "responses": [(11.0, 1), (11.3, 3), (12.3, 2)],
+        "end_s": 12.3,
+        "input_tokens": 4,
+        "output_tokens": 6,
+    }
     return RequestRecord(**{**values, **overrides})
 
 

@@ -102,7 +102,6 @@ def test_a_killed_stub_brings_the_whole_server_back(small_server: RunningServer)
     killed_s = time.monotonic()
     stub_process(small_server, "moe_llm").kill()
     wait_for_end(streams, 10)
-    assert all(call.error is not None for call in streams)
     wait_until_served(small_server, 30 - (time.monotonic() - killed_s))
     assert generate(small_server, SHORT).text == expected
     assert not any(process.is_running() for process in before)

@@ -73,7 +73,7 @@ def test_tokens_come_back_and_a_full_queue_is_refused(stub):
     for number in range(30):
         stub.submit(number, max_tokens=3)
     stub.wait(lambda: sum(bool(stub.finished(n)) or n in stub.ended for n in range(30)) == 30)
-    refused = [ended for ended in stub.ended.values()]
+    refused = list(stub.ended.values())
     assert all(ended.outcome == "rejected" and "queue is full" in ended.message for ended in refused)
     assert all(len(tokens) == 3 for tokens in stub.tokens.values())
 

@@ -46,18 +46,18 @@ class FakePbUtils:
 
 
 def make_stats(**overrides) -> Stats:
-    values = dict(
-        num_preemptions=0,
-        prefix_hit_tokens=0,
-        kv_usage_ratio=0.0,
-        client_running=0,
-        client_waiting=0,
-        load=0,
-        threshold_prefill=1.0,
-        threshold_decode=1.0,
-        active_slots=0.0,
-        united_share=0.0,
-    )
+    values = {
+        "num_preemptions": 0,
+        "prefix_hit_tokens": 0,
+        "kv_usage_ratio": 0.0,
+        "client_running": 0,
+        "client_waiting": 0,
+        "load": 0,
+        "threshold_prefill": 1.0,
+        "threshold_decode": 1.0,
+        "active_slots": 0.0,
+        "united_share": 0.0,
+    }
     return Stats(**{**values, **overrides})
 
 

@@ -16,12 +16,12 @@ os.environ.setdefault("NUMBA_CPU_NAME", llvm.get_host_cpu_name())
 os.environ.setdefault("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit")
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from llvmlite import ir  # noqa: E402
-from numba import njit, types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
 
 #: Sums may be reordered; NaN and infinity keep their meaning.
 _FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-import triton_python_backend_utils as pb_utils  # noqa: E402
+import triton_python_backend_utils as pb_utils
 
-from backend.serving.adapter import MoeLlmModel  # noqa: E402
+from backend.serving.adapter import MoeLlmModel
 
 
 class TritonPythonModel:

@@ -103,6 +103,7 @@ def export(model: DemoModel, data: Path, output: Path, dtype: str = "bfloat16") 
     ends = [tokenizer.token_to_id(token) for token in (END, END_OF_TEXT)]
     tensors = {name: tensor.to(_DTYPES[dtype]).contiguous() for name, tensor in hugging_face_tensors(model).items()}
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     _write(output / "config.json", config_json(model.shape, dtype, ends[0], ends[1]))
     _write(output / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[1], "do_sample": False})
     save_tokenizer(tokenizer, output)

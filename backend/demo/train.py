@@ -90,8 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size = load_tokenizer(args.data).get_vocab_size()
     except FileNotFoundError as error:
         parser.error(f"--data: {error}; run backend.demo.prepare first")
-    if args.expert_size * 4 < 16 or args.hidden % args.heads:
+    if args.hidden % args.heads:
         parser.error("--hidden must be a multiple of --heads")
+    if not 0 <= args.drill_rows < args.question_rows:
+        parser.error(f"--drill-rows must be from 0 to less than --question-rows ({args.question_rows})")
     top_k = 4
     shape = Shape(
         vocab_size, args.hidden, args.layers, args.heads, args.experts, top_k, args.expert_size,

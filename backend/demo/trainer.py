@@ -105,6 +105,14 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         self.losses = dict(state["losses"])
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Remove what the log says of steps after the saved one: they are done again."""
+        log = self.run / "log.jsonl"
+        if log.is_file():
+            lines = log.read_text().splitlines()
+            log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.step))
 
     def save(self) -> None:
         """Write state.pt, whole or not at all."""

@@ -37,18 +37,15 @@ OPPOSITES = dict(
     ).split()
 )
 
-PLURALS = {
-    noun: plural
-    for noun, plural in (
-        pair.split(":")
-        for pair in (
-            "cat:cats dog:dogs house:houses tree:trees book:books bird:birds child:children man:men woman:women foot:feet "
-            "tooth:teeth mouse:mice city:cities baby:babies box:boxes fox:foxes leaf:leaves wolf:wolves knife:knives "
-            "sheep:sheep fish:fish key:keys car:cars boat:boats star:stars hand:hands lady:ladies bus:buses wife:wives "
-            "king:kings story:stories church:churches"
-        ).split()
-    )
-}
+PLURALS = dict(
+    pair.split(":")
+    for pair in (
+        "cat:cats dog:dogs house:houses tree:trees book:books bird:birds child:children man:men woman:women foot:feet "
+        "tooth:teeth mouse:mice city:cities baby:babies box:boxes fox:foxes leaf:leaves wolf:wolves knife:knives "
+        "sheep:sheep fish:fish key:keys car:cars boat:boats star:stars hand:hands lady:ladies bus:buses wife:wives "
+        "king:kings story:stories church:churches"
+    ).split()
+)
 
 FRENCH = dict(
     pair.split(":")

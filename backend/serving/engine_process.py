@@ -128,7 +128,8 @@ class EngineServer:
                     self._submit(message)
                 case Abort(client=name, request_id=request_id, index=index):
                     self._engine.abort((name, request_id), index)
-                    if index is None and name in self._clients:
+                    # Of several sequences (index), the last one's abort ends the request.
+                    if name in self._clients and not self._engine.is_active((name, request_id)):
                         self._forget(self._clients[name], request_id)
                 case Hello():
                     self._connect(message)

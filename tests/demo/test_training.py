@@ -9,16 +9,15 @@ import torch
 from backend.demo import export as export_command
 from backend.demo import prepare
 from backend.demo import train as train_command
-from backend.demo.batches import FAMILY_NAMES, BatchMaker, BatchSizes, family_mix
+from backend.demo.batches import DRILL, FAMILY_NAMES, BatchMaker, BatchSizes, family_mix
 from backend.demo.export import export, load_run
 from backend.demo.quality import accuracy, engine_answerer, load_transformers, perplexity, transformers_answerer
 from backend.models import load_model
-from backend.models.forward_batch import ForwardBatch  # noqa: F401 - a missing one would explain a failure below
 
-SIZES = BatchSizes(text_rows=1, text_length=32, question_rows=2, question_length=64)
+SIZES = BatchSizes(text_rows=1, text_length=32, question_rows=3, question_length=64, drill_rows=1)
 _TINY = (
     "--no-compile --hidden 32 --layers 2 --heads 2 --experts 8 --expert-size 16 --shared-size 16 --text-rows 1 "
-    "--text-length 32 --question-rows 2 --warmup 2 --save-every 2"
+    "--text-length 32 --question-rows 3 --drill-rows 1 --warmup 2 --save-every 2"
 ).split()
 
 
@@ -95,6 +94,13 @@ def test_targets_are_what_comes_next(data):
             assert flat[position + 1] == target
 
 
+def test_a_drill_says_everything_twice(data):
+    batch = BatchMaker(data, SIZES, 0).make(0, family_mix({}))
+    row = batch.questions[0]
+    assert np.array_equal(row[:32], row[32:])
+    assert np.array_equal(batch.targets[batch.families == DRILL], row[33:])
+
+
 def test_what_is_not_learned_is_asked_more():
     mix = family_mix({"add": 0.0, "sort_digits": 0.9})
     assert mix["sort_digits"] > 5 * mix["add"] > 0
@@ -145,6 +151,12 @@ def test_training_without_data_says_what_to_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _train("dense", tmp_path, tmp_path / "run", 1)
     assert "backend.demo.prepare" in capsys.readouterr().err
+
+
+def test_more_drills_than_rows_is_a_usage_error(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _train("dense", data, tmp_path / "run", 1, "--drill-rows", "3")
+    assert "--drill-rows" in capsys.readouterr().err
 
 
 def test_preparing_with_a_missing_corpus_is_a_usage_error(tmp_path, capsys):

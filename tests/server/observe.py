@@ -39,13 +39,14 @@ def read_metric(server: RunningServer, name: str, **labels: str) -> float:
 def wait_idle(server: RunningServer) -> None:
     """Until the metrics say that no request is left and every KV block is free."""
     names = ("moe_requests_running", "moe_requests_waiting", "moe_kv_cache_usage_ratio")
-
-    def idle() -> bool:
+    deadline = time.monotonic() + 15
+    while True:
         samples = [sample for family in read_families(server).values() for sample in family.samples]
-        values = [sample.value for sample in samples if sample.name in names]
-        return bool(values) and not any(values)
-
-    wait_until(idle, 15, "without requests and with all blocks free")
+        busy = {(s.name, s.labels["model"]): s.value for s in samples if s.name in names}
+        if busy and not any(busy.values()):
+            return
+        assert time.monotonic() < deadline, f"not idle after 15 s: {busy}"
+        time.sleep(0.05)
 
 
 def descendants(server: RunningServer) -> list[psutil.Process]:

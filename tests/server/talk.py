@@ -1,10 +1,10 @@
 """Plain clients of the running server for tests: one request over any of the five interfaces, and what came back.
 
-    generate          POST /v2/models/moe_llm/generate
-    generate_stream   POST /v2/models/moe_llm/generate_stream (server-sent events)
-    grpc_stream       a gRPC stream on moe_llm
-    http_infer        POST /v2/models/moe_llm_infer/infer
-    grpc_infer        unary gRPC on moe_llm_infer
+generate          POST /v2/models/moe_llm/generate
+generate_stream   POST /v2/models/moe_llm/generate_stream (server-sent events)
+grpc_stream       a gRPC stream on moe_llm
+http_infer        POST /v2/models/moe_llm_infer/infer
+grpc_infer        unary gRPC on moe_llm_infer
 """
 
 from __future__ import annotations

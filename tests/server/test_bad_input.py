@@ -102,7 +102,10 @@ BAD_SAMPLING = {
     "max_tokens in words": ({"max_tokens": "many"}, 'max_tokens must be a whole number, got "many"'),
     "a boolean for a number": ({"max_tokens": True}, "max_tokens must be a whole number, got true"),
     "a list for a number": ({"max_tokens": [5]}, "max_tokens must be a whole number"),
-    "min_tokens above max_tokens": ({"min_tokens": 20, "max_tokens": 10}, "min_tokens must be between 0 and max_tokens"),
+    "min_tokens above max_tokens": (
+        {"min_tokens": 20, "max_tokens": 10},
+        "min_tokens must be between 0 and max_tokens",
+    ),
     "negative temperature": ({"temperature": -0.1}, "temperature must be between 0 and 100"),
     "top_p above one": ({"top_p": 1.01}, "top_p must be greater than 0 and at most 1"),
     "top_p zero": ({"top_p": 0}, "top_p must be greater than 0"),
@@ -133,7 +136,10 @@ BAD_INPUTS = {
     "an empty prompt": ({"text_input": ""}, "text_input must not be empty"),
     "a prompt too long": ({"text_input": "x" * TINY_CONTEXT}, f"{TINY_CONTEXT} tokens"),
     "an enormous prompt": ({"text_input": "x" * 300_000}, f"300000 tokens.*{TINY_CONTEXT} tokens"),
-    "a token id beyond the vocabulary": ({"input_ids": [5, TINY_VOCAB]}, f"input_ids must be between 0 and {TINY_VOCAB - 1}"),
+    "a token id beyond the vocabulary": (
+        {"input_ids": [5, TINY_VOCAB]},
+        f"input_ids must be between 0 and {TINY_VOCAB - 1}",
+    ),
     "a huge token id": ({"input_ids": [2**62]}, f"input_ids must be between 0 and {TINY_VOCAB - 1}"),
     "a negative token id": ({"input_ids": [5, -1]}, "input_ids must not be negative, got -1"),
     "no token ids": ({"input_ids": []}, "input_ids must be a list of at least one"),

@@ -46,7 +46,9 @@ interface = pytest.mark.parametrize("interface", ASK)
 @pytest.fixture(scope="module")
 def completion(server: RunningServer) -> str:
     """What the model says greedily to PROMPT in 32 tokens."""
-    return generate(server, {"text_input": PROMPT, "sampling_parameters": sampling(max_tokens=32), **WITHOUT_PROMPT}).text
+    return generate(
+        server, {"text_input": PROMPT, "sampling_parameters": sampling(max_tokens=32), **WITHOUT_PROMPT}
+    ).text
 
 
 @interface
@@ -80,7 +82,11 @@ def test_every_optional_output(server: RunningServer, completion: str, interface
 @interface
 @pytest.mark.parametrize("flag", OPTIONAL_OUTPUTS)
 def test_an_output_comes_only_when_asked_for(server: RunningServer, interface: str, flag: str) -> None:
-    inputs = {"text_input": "Hi", "sampling_parameters": sampling(max_tokens=2), **dict.fromkeys(OPTIONAL_OUTPUTS, False)}
+    inputs = {
+        "text_input": "Hi",
+        "sampling_parameters": sampling(max_tokens=2),
+        **dict.fromkeys(OPTIONAL_OUTPUTS, False),
+    }
     answer = ASK[interface](server, {**inputs, flag: True})
     for response in answer.responses:
         assert set(response) - {"model_name", "model_version"} == {"text_output", OPTIONAL_OUTPUTS[flag]}
@@ -108,7 +114,9 @@ def test_a_prompt_as_token_ids(server: RunningServer, interface: str) -> None:
 @interface
 def test_several_sequences(server: RunningServer, completion: str, interface: str) -> None:
     parameters = sampling(max_tokens=32, n=3)
-    answer = ASK[interface](server, {"text_input": PROMPT, "sampling_parameters": parameters, **WITHOUT_PROMPT, **ALL_OUTPUTS})
+    answer = ASK[interface](
+        server, {"text_input": PROMPT, "sampling_parameters": parameters, **WITHOUT_PROMPT, **ALL_OUTPUTS}
+    )
     texts = ["".join(response["text_output"][i] for response in answer.responses) for i in range(3)]
     tokens = [sum(response["num_output_tokens"][i] for response in answer.responses) for i in range(3)]
     assert texts == [completion] * 3
@@ -127,7 +135,9 @@ def test_sampled_sequences_differ_and_a_seed_repeats_them(server: RunningServer,
 
 
 @pytest.mark.parametrize("interface", ONE_RESPONSE)
-@pytest.mark.parametrize(("inputs", "echoes"), [({}, True), ({"exclude_input_in_output": False}, True), (WITHOUT_PROMPT, False)])
+@pytest.mark.parametrize(
+    ("inputs", "echoes"), [({}, True), ({"exclude_input_in_output": False}, True), (WITHOUT_PROMPT, False)]
+)
 def test_one_response_starts_with_the_prompt_unless_told_otherwise(
     server: RunningServer, completion: str, interface: str, inputs: dict, echoes: bool
 ) -> None:
@@ -194,7 +204,10 @@ def test_stop_strings_end_the_text_before_them(server: RunningServer, completion
 
 @interface
 def test_stop_tokens_end_the_text(server: RunningServer, interface: str) -> None:
-    inputs = {"text_input": PROMPT, "sampling_parameters": sampling(max_tokens=32, stop_token_ids=list(range(TINY_VOCAB // 2)))}
+    inputs = {
+        "text_input": PROMPT,
+        "sampling_parameters": sampling(max_tokens=32, stop_token_ids=list(range(TINY_VOCAB // 2))),
+    }
     answer = ASK[interface](server, {**inputs, **WITHOUT_PROMPT, **ALL_OUTPUTS})
     assert answer.last["finish_reason"] == "stop"
     assert answer.num_tokens < 32
@@ -203,7 +216,9 @@ def test_stop_tokens_end_the_text(server: RunningServer, interface: str) -> None
 @interface
 def test_min_tokens_holds_the_end_back(server: RunningServer, interface: str) -> None:
     every_token = {"stop_token_ids": list(range(0, TINY_VOCAB, 2)), "min_tokens": 10, "max_tokens": 40}
-    answer = ASK[interface](server, {"text_input": PROMPT, "sampling_parameters": sampling(**every_token), **ALL_OUTPUTS})
+    answer = ASK[interface](
+        server, {"text_input": PROMPT, "sampling_parameters": sampling(**every_token), **ALL_OUTPUTS}
+    )
     assert answer.num_tokens >= 10
 
 
@@ -234,8 +249,15 @@ def test_binary_tensors_over_http(server: RunningServer, completion: str) -> Non
 def test_several_requests_in_one_grpc_stream_keep_their_ids(server: RunningServer) -> None:
     """Responses of one stream interleave; the request id tells them apart."""
     prompts = {str(i): f"prompt {i}" for i in range(8)}
-    alone = {key: generate(server, {"text_input": text, "sampling_parameters": sampling(max_tokens=20), **WITHOUT_PROMPT}).text for key, text in prompts.items()}
-    requests = {key: {"text_input": text, "sampling_parameters": sampling(max_tokens=20)} for key, text in prompts.items()}
+    alone = {
+        key: generate(
+            server, {"text_input": text, "sampling_parameters": sampling(max_tokens=20), **WITHOUT_PROMPT}
+        ).text
+        for key, text in prompts.items()
+    }
+    requests = {
+        key: {"text_input": text, "sampling_parameters": sampling(max_tokens=20)} for key, text in prompts.items()
+    }
     assert ask_in_one_stream(server, requests) == alone
 
 
@@ -252,4 +274,6 @@ def test_repeated_prompts_are_found_in_the_prefix_cache(server: RunningServer) -
     first = generate(server, inputs).text
     before = read_metric(server, "moe_prefix_cache_hits_total")
     assert generate(server, inputs).text == first
-    wait_until(lambda: read_metric(server, "moe_prefix_cache_hits_total") >= before + 96, 5, "96 tokens found in the cache")
+    wait_until(
+        lambda: read_metric(server, "moe_prefix_cache_hits_total") >= before + 96, 5, "96 tokens found in the cache"
+    )

@@ -12,8 +12,18 @@ import tritonclient.grpc as grpc
 
 from backend.serving.launch_client import RunningServer
 from tests.server.observe import read_metric, wait_until
-from tests.server.talk import ASK, STREAMS, Answer, GrpcStream, HttpStream, ServerError, check_code, generate, sampling
-from tests.server.talk import to_array
+from tests.server.talk import (
+    ASK,
+    STREAMS,
+    Answer,
+    GrpcStream,
+    HttpStream,
+    ServerError,
+    check_code,
+    generate,
+    sampling,
+    to_array,
+)
 
 pytestmark = pytest.mark.server
 
@@ -142,7 +152,9 @@ def test_a_timeout_says_after_how_long(small_server: RunningServer, interface: s
     timeouts = read_metric(small_server, "moe_requests_total", outcome="timeout")
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"timed out after 0\.5 s") as error:
-        ASK[interface](small_server, {"text_input": "slow", "sampling_parameters": sampling(max_tokens=10**6, timeout_s=0.5)})
+        ASK[interface](
+            small_server, {"text_input": "slow", "sampling_parameters": sampling(max_tokens=10**6, timeout_s=0.5)}
+        )
     assert time.monotonic() - started >= 0.5
     check_code(error.value, interface, "UNAVAILABLE")
     wait_until(lambda: read_metric(small_server, "moe_requests_total", outcome="timeout") == timeouts + 1, 5, "counted")
@@ -162,7 +174,8 @@ def test_a_request_times_out_in_the_queue(small_server: RunningServer, holders: 
 def test_a_full_queue_refuses_and_disturbs_nobody(small_server: RunningServer, start: Callable) -> None:
     """UNAVAILABLE with the reason and, as requests have finished before, a retry hint; the others get their text."""
     inputs = [
-        {"text_input": f"client {i}", "sampling_parameters": sampling(max_tokens=200 if i < 2 else 10)} for i in range(5)
+        {"text_input": f"client {i}", "sampling_parameters": sampling(max_tokens=200 if i < 2 else 10)}
+        for i in range(5)
     ]
     alone = [generate(small_server, {**one, "exclude_input_in_output": True}).text for one in inputs]
     rejected = read_metric(small_server, "moe_requests_total", outcome="rejected")

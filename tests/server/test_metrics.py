@@ -104,5 +104,7 @@ def test_a_refused_request_is_counted(server: RunningServer) -> None:
     with pytest.raises(ServerError):
         generate(server, {"text_input": ""})
     wait_until(
-        lambda: read_metric(server, "moe_requests_total", model="moe_llm", outcome="invalid") == before + 1, 5, "counted"
+        lambda: read_metric(server, "moe_requests_total", model="moe_llm", outcome="invalid") == before + 1,
+        5,
+        "counted",
     )

@@ -23,7 +23,9 @@ def test_perf_analyzer_measures_streams(server: RunningServer, tmp_path: Path) -
     except PerfAnalyzerUnavailable as reason:
         pytest.skip(str(reason))
     parameters = sampling(max_tokens=16)
-    data = [{"text_input": [text], "stream": [True], "sampling_parameters": [parameters]} for text in ("Hello", "A tale")]
+    data = [
+        {"text_input": [text], "stream": [True], "sampling_parameters": [parameters]} for text in ("Hello", "A tale")
+    ]
     inputs = tmp_path / "inputs.json"
     inputs.write_text(json.dumps({"data": data}))
     completed = read_metric(server, "moe_requests_total", outcome="completed")
@@ -36,5 +38,7 @@ def test_perf_analyzer_measures_streams(server: RunningServer, tmp_path: Path) -
     assert float(re.search(r"Throughput: ([0-9.]+) infer/sec", done.stdout)[1]) > 0
     assert float(re.search(r"Response Throughput: ([0-9.]+) infer/sec", done.stdout)[1]) > 0
     wait_until(
-        lambda: read_metric(server, "moe_requests_total", outcome="completed") >= completed + 20, 5, "20 requests counted"
+        lambda: read_metric(server, "moe_requests_total", outcome="completed") >= completed + 20,
+        5,
+        "20 requests counted",
     )

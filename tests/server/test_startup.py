@@ -25,10 +25,6 @@ def missing_checkpoint(folder: Path) -> dict:
     return {"env": {"MOE_LLM_CHECKPOINT": str(folder / "nowhere")}}
 
 
-def unknown_dummy(folder: Path) -> dict:
-    return {"env": {"MOE_LLM_CHECKPOINT": "dummy:huge"}}
-
-
 def unknown_parameter(folder: Path) -> dict:
     """Environment variables cannot carry unknown names: a copy of the repository with an edited config.pbtxt can."""
     # Beside the product's package, as in the repository: model.py finds the package two folders up.
@@ -60,11 +56,6 @@ def wrong_tokenizer(folder: Path) -> dict:
     return {"env": {"MOE_LLM_CHECKPOINT": str(folder)}}
 
 
-def no_tokenizer(folder: Path) -> dict:
-    make_checkpoint(folder, vocab_size=VOCAB)
-    return {"env": {"MOE_LLM_CHECKPOINT": str(folder)}}
-
-
 def _checkpoint(folder: Path, tokenizer_size: int) -> None:
     make_checkpoint(folder, vocab_size=VOCAB)
     build_synthetic_tokenizer(tokenizer_size).save_pretrained(folder)
@@ -73,13 +64,11 @@ def _checkpoint(folder: Path, tokenizer_size: int) -> None:
 #: What prepares the start (in a folder of its own), and what the sentence must have: the parameter and the remedy.
 CASES: dict[Callable[[Path], dict], tuple[str, ...]] = {
     missing_checkpoint: ("parameter checkpoint", "nowhere"),
-    unknown_dummy: ("parameter checkpoint", "huge", "cpu-s"),
     unknown_parameter: ("unknown parameter 'max_runing'", "max_running"),
     negative_size: ("parameter max_running must be at least 1", "-4"),
     kv_pool_too_small: ("parameter kv_cache_blocks", "raise kv_cache_blocks or lower max_model_len"),
     truncated_weights: ("checkpoint", "model.safetensors", "truncated"),
     wrong_tokenizer: ("parameter checkpoint", "wrong tokenizer", "copy the tokenizer files"),
-    no_tokenizer: ("parameter checkpoint", "has no tokenizer", "copy the tokenizer files"),
 }
 
 

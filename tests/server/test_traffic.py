@@ -32,7 +32,9 @@ async def send_at_once(server: RunningServer, interfaces: list[str]) -> list[Req
     """Every prompt over each of the interfaces, all at the same time."""
     async with Clients(server.http, server.grpc) as clients:
         calls = [
-            getattr(clients, interface)(i, PROMPTS[i], parameters(i)) for i in range(NUM_PROMPTS) for interface in interfaces
+            getattr(clients, interface)(i, PROMPTS[i], parameters(i))
+            for i in range(NUM_PROMPTS)
+            for interface in interfaces
         ]
         return await asyncio.gather(*calls)
 
@@ -43,7 +45,11 @@ def alone(server: RunningServer) -> list[str]:
     return [
         generate(
             server,
-            {"text_input": PROMPTS[i], "sampling_parameters": json.dumps(parameters(i)), "exclude_input_in_output": True},
+            {
+                "text_input": PROMPTS[i],
+                "sampling_parameters": json.dumps(parameters(i)),
+                "exclude_input_in_output": True,
+            },
         ).text
         for i in range(NUM_PROMPTS)
     ]

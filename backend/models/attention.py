@@ -15,7 +15,8 @@ from backend.models.layers import Backing, Linear, NamedWeight, RMSNorm
 class KVCache:
     """Keys and values of all layers in blocks of `block_size` tokens: `k[layer]` is [num_blocks, block_size, G, D].
 
-    Starts as zeros: the padding of block tables points at block 0, whose values are masked but must be finite.
+    Starts as zeros: the padding of block tables points at block 0, whose values are masked but must be finite. They are
+    written, not mapped on demand, so that memory is taken at the start and not in the middle of a load.
     """
 
     def __init__(
@@ -24,8 +25,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.k = [torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(config.num_layers)]
+        self.v = [torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(config.num_layers)]
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

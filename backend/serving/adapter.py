@@ -39,6 +39,28 @@ RESPONSES_PER_S_AND_CORE = 300
 _CANCEL_PERIOD_S = 0.2
 
 
+class _Sender:
+    """A request's response sender. Not to be asked about cancellation once the final response has gone or while it goes:
+
+    Triton frees the request then and would crash, the whole server with it.
+    """
+
+    def __init__(self, sender) -> None:
+        self._sender = sender
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def send(self, response, flags: int) -> None:
+        """Hand a response to Triton; with flags it is the final one."""
+        with self._lock:
+            self._closed = bool(flags)
+            self._sender.send(response, flags=flags)
+
+    def is_cancelled(self) -> bool:
+        with self._lock:
+            return not self._closed and self._sender.is_cancelled()
+
+
 class MoeLlmModel:
     """One stub's part of a model. `decoupled` models answer with any number of responses, others with one."""
 
@@ -56,7 +78,7 @@ class MoeLlmModel:
 
     def _start(self, config: EngineConfig, version: str) -> None:
         self._runtime_dir = runtime_dir()
-        self._live: dict[int, tuple[LiveRequest, object]] = {}  # with Triton's response sender
+        self._live: dict[int, tuple[LiveRequest, _Sender]] = {}
         self._live_lock = threading.Lock()
         self._ids = itertools.count()
         self._closed = threading.Event()
@@ -83,7 +105,7 @@ class MoeLlmModel:
     def execute(self, requests: list) -> None:
         """Take requests from Triton; every one gets its responses later, through its response sender."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender = _Sender(request.get_response_sender())
             try:
                 self._accept(request, sender)
             except InvalidRequestError as error:
@@ -104,7 +126,7 @@ class MoeLlmModel:
         self._metrics.close()
         self._mark_path().unlink(missing_ok=True)
 
-    def _accept(self, request, sender) -> None:
+    def _accept(self, request, sender: _Sender) -> None:
         arrival = time.monotonic()
         parsed = parse_request(request, self._decoupled)
         if parsed.input_ids is None:
@@ -127,7 +149,7 @@ class MoeLlmModel:
                 del self._live[request_id]
             raise
 
-    def _refuse(self, sender, outcome: Outcome, message: str) -> None:
+    def _refuse(self, sender: _Sender, outcome: Outcome, message: str) -> None:
         self._metrics.ended(outcome, 0, None)
         self._send(sender, Reply({}, message, outcome, 0))
 
@@ -178,7 +200,7 @@ class MoeLlmModel:
                 reply.outcome, live.num_prompt_tokens, now - live.arrival if reply.error is None else None
             )
 
-    def _send(self, sender, reply: Reply) -> None:
+    def _send(self, sender: _Sender, reply: Reply) -> None:
         pb_utils = self._pb_utils
         if reply.error is not None:
             error = pb_utils.TritonError(reply.error, getattr(pb_utils.TritonError, _ERROR_CODES[reply.outcome]))
@@ -188,7 +210,7 @@ class MoeLlmModel:
                 output_tensors=[pb_utils.Tensor(name, value) for name, value in reply.outputs.items()]
             )
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if reply.final else 0
-        sender.send(response, flags=flags)
+        sender.send(response, flags)
 
     def _watch_cancellations(self) -> None:
         """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""
@@ -216,7 +238,7 @@ class MoeLlmModel:
         entry = self._live.get(request_id)
         return None if entry is None else entry[0]
 
-    def _snapshot(self) -> list[tuple[LiveRequest, object]]:
+    def _snapshot(self) -> list[tuple[LiveRequest, _Sender]]:
         with self._live_lock:
             return list(self._live.values())
 

@@ -9,7 +9,7 @@ import pytest
 from backend.serving.launch_client import RunningServer, running_server
 from tests.server.observe import wait_idle
 
-#: Fast steps and a KV cache that 64 streams at once do not fit in, so that they are preempted, too.
+#: Fast steps and a KV cache that a dozen long sequences do not fit in, so that some are preempted.
 TINY = {"MOE_LLM_CHECKPOINT": "dummy:tiny", "MOE_LLM_KV_CACHE_BLOCKS": "128"}
 TINY_CONTEXT = 1024
 TINY_VOCAB = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -56,8 +57,7 @@ def alone(server: RunningServer) -> list[str]:
 
 
 def test_64_streams_at_once_say_what_each_says_alone(server: RunningServer, alone: list[str]) -> None:
-    """Over both protocols; the KV cache is too small for all of them, so some are preempted on the way."""
-    preemptions = read_metric(server, "moe_preemptions_total")
+    """Over both protocols."""
     records = asyncio.run(send_at_once(server, ["http_stream", "grpc_stream"]))
     assert len(records) == 64
     assert [record.error for record in records if record.error] == []
@@ -65,7 +65,18 @@ def test_64_streams_at_once_say_what_each_says_alone(server: RunningServer, alon
         assert record.text == alone[record.id], record.protocol
         assert record.output_tokens == LENGTHS[record.id]
     wait_idle(server)
+
+
+def test_preempted_streams_say_what_each_says_alone(server: RunningServer) -> None:
+    """Twelve streams that fit the KV cache when they start, and do not any more long before they end."""
+    inputs = [{"input_ids": [65 + i], "sampling_parameters": sampling(max_tokens=320)} for i in range(12)]
+    alone = [generate(server, {**one, "exclude_input_in_output": True}).text for one in inputs]
+    preemptions = read_metric(server, "moe_preemptions_total")
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        answers = list(pool.map(lambda one: ASK["grpc_stream"](server, one), inputs))
+    assert [answer.text for answer in answers] == alone
     wait_until(lambda: read_metric(server, "moe_preemptions_total") > preemptions, 5, "preempted")
+    wait_idle(server)
 
 
 def test_single_responses_among_streams(server: RunningServer, alone: list[str]) -> None:

@@ -69,6 +69,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise InvalidRequestError(f"{key} must be {allowed}, got {reprlib.repr(getattr(self, key))}")
 
         try:
+            if isinstance(self.brownout, str):  # the conversion would not say what is allowed
+                check(self.brownout in ("auto", "never"), "brownout", '"auto" or "never"')
             checked = msgspec.convert(msgspec.structs.asdict(self), SamplingParams)
         except msgspec.ValidationError as error:
             reason, _, path = str(error).partition(" - at ")

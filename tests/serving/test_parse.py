@@ -209,7 +209,7 @@ BAD_SAMPLING = [
     ({"n": 0}, "n must be between 1 and 64"),
     ({"n": 65}, "n must be between 1 and 64"),
     ({"priority": 101}, "priority must be between -100 and 100"),
-    ({"brownout": "always"}, "brownout"),
+    ({"brownout": "always"}, 'brownout must be "auto" or "never"'),
     ({"brownout": True}, "brownout must be a string"),
     ({"timeout_s": 0}, "timeout_s must be greater than 0"),
     ({"timeout_s": -1}, "timeout_s must be greater than 0"),

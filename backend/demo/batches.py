@@ -27,13 +27,13 @@ DOMAIN_SHARES = {"prose": 0.32, "docs": 0.20, "code": 0.20, "chat": 0.13, "math"
 class BatchSizes:
     """How a batch is made up: rows of text, and shorter rows that questions fill, `letter_share` of them in letter form."""
 
-    text_rows: int = 4
+    text_rows: int = 6
     text_length: int = 256
-    question_rows: int = 48
-    question_length: int = 64
+    question_rows: int = 24
+    question_length: int = 128
     #: Of the question rows, those that hold a drill instead.
-    drill_rows: int = 4
-    letter_share: float = 0.3
+    drill_rows: int = 1
+    letter_share: float = 0.35
     answer_weight: float = 2.5
 
 

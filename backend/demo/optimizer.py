@@ -9,19 +9,23 @@ from torch import Tensor, nn
 
 #: Parameters that are no matrices of the trunk although they have two dimensions.
 _NOT_MUON = ("embedding", "router", "shared_gate", "qkv_bias")
+_EXPERTS = ("expert_in", "expert_out")
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices of [..., R, C] by Newton–Schulz iterations (Jordan et al., Muon, 2024)."""
+    """Nearly the semi-orthogonal matrices next to [..., R, C], by Newton–Schulz iterations (Jordan et al., Muon, 2024).
+
+    They run in bfloat16, as there: the iteration forgives its rounding.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.reshape(-1, *matrices.shape[-2:])
     x = x.transpose(-1, -2) if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         square = x @ x.transpose(-1, -2)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x.transpose(-1, -2) if tall else x).reshape(matrices.shape)
+    return (x.transpose(-1, -2) if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,10 +53,24 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(orthogonalized(update), alpha=-group["lr"] * scale)
 
 
-def make_optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the trunk's matrices, AdamW on embedding, router, gates, biases and norms."""
-    matrices, others = [], []
+def make_optimizers(
+    model: nn.Module, muon_lr: float, adam_lr: float, expert_lr_scale: float = 1.0
+) -> list[torch.optim.Optimizer]:
+    """Muon on the trunk's matrices, AdamW on embedding, router, gates, biases and norms.
+
+    Every group keeps its learning rate at full speed as "full_lr". Routed experts get Muon's times `expert_lr_scale`: an
+    expert sees few tokens of a batch, and Muon's step has the same length however little the gradient knows.
+    """
+    matrices, experts, others = [], [], []
     for name, parameter in model.named_parameters():
-        plain = parameter.dim() < 2 or name.rsplit(".", 1)[-1] in _NOT_MUON
-        (others if plain else matrices).append(parameter)
-    return [Muon(matrices, muon_lr), torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        last = name.rsplit(".", 1)[-1]
+        plain = parameter.dim() < 2 or last in _NOT_MUON
+        (others if plain else experts if last in _EXPERTS else matrices).append(parameter)
+    muon = Muon(matrices, muon_lr)
+    if experts:
+        muon.add_param_group({"params": experts, "lr": muon_lr * expert_lr_scale})
+    optimizers = [muon, torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["full_lr"] = group["lr"]
+    return optimizers

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from backend.demo.corpus import DOMAINS
 from backend.demo.families import FAMILIES, sample
-from backend.demo.tasks import FORMS, in_form
+from backend.demo.tasks import FORMS, in_form, is_right
 from backend.demo.template import prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-MAX_ANSWER_TOKENS = 20
+MAX_ANSWER_TOKENS = 24
 #: Prompt texts in, completions out.
 Answerer = Callable[[Sequence[str]], list[str]]
 
@@ -79,13 +79,13 @@ def accuracy(
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Share of held-out questions answered exactly, by form and family, in percent; `advance` is called per family."""
+    """Share of held-out questions answered right, by form and family, in percent; `advance` is called per family."""
     results: dict[str, dict[str, float]] = {form: {} for form in forms}
     for family in FAMILIES:
         for form in forms:
             pairs = held_out_questions(family, form, questions, seed)
             answers = answerer([prompt_text(prompt) for prompt, _ in pairs])
-            right = sum(said.strip() == answer for said, (_, answer) in zip(answers, pairs, strict=True))
+            right = sum(is_right(form, said, answer) for said, (_, answer) in zip(answers, pairs, strict=True))
             results[form][family] = 100.0 * right / len(pairs)
         advance()
     return results

@@ -48,16 +48,18 @@ def make_parser() -> argparse.ArgumentParser:
         phase.add_argument(
             "--adam-lr", type=float, default=0.003, help="learning rate of the rest (default %(default)s)"
         )
-        phase.add_argument("--text-rows", type=int, default=4, help="rows of text in a batch (default 4)")
+        phase.add_argument("--text-rows", type=int, default=6, help="rows of text in a batch (default 6)")
         phase.add_argument("--text-length", type=int, default=256, help="tokens of a text row (default 256)")
-        phase.add_argument("--question-rows", type=int, default=48, help="rows of questions in a batch (default 48)")
-        phase.add_argument("--question-length", type=int, default=64, help="tokens of a row of questions (default 64)")
-        phase.add_argument("--drill-rows", type=int, default=4, help="question rows that drill repetition (default 4)")
+        phase.add_argument("--question-rows", type=int, default=24, help="rows of questions in a batch (default 24)")
+        phase.add_argument("--question-length", type=int, default=128, help="tokens of a row of questions (default 128)")
+        phase.add_argument("--drill-rows", type=int, default=1, help="question rows that drill repetition (default 1)")
         phase.add_argument(
-            "--letter-share", type=float, default=0.3, help="share of questions with options (default 0.3)"
+            "--letter-share", type=float, default=0.35, help="share of questions with options (default 0.35)"
         )
         phase.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default 0)")
         phase.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+        phase.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                           help="type of the matmuls; weights stay float32 (default %(default)s)")  # fmt: skip
         phase.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
         phase.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
         phase.add_argument("--save-every", type=int, default=100, help="steps between saved states (default 100)")
@@ -67,13 +69,15 @@ def make_parser() -> argparse.ArgumentParser:
         phase.add_argument("--experts", type=int, default=60, help="experts of a layer (default 60)")
         phase.add_argument("--expert-size", type=int, default=32, help="intermediate size of an expert (default 32)")
         phase.add_argument(
-            "--shared-size", type=int, default=64, help="intermediate size of the shared expert (default 64)"
+            "--shared-size", type=int, default=32, help="intermediate size of the shared expert (default 32)"
         )
         if name == "experts":
             phase.add_argument("--dense", type=Path, required=True, help="run folder of the dense phase")
             phase.add_argument(
                 "--noise", type=float, default=0.15, help="relative noise on copied experts (default 0.15)"
             )
+            phase.add_argument("--expert-lr-scale", type=float, default=0.3,
+                               help="learning rate of routed experts, relative to other matrices (default %(default)s)")  # fmt: skip
             phase.add_argument("--balance", type=float, default=0.01, help="weight of the balance loss (default 0.01)")
             phase.add_argument("--fewer-share", type=float, default=0.1,
                                help="share of steps that use only 2 experts a token (default %(default)s)")  # fmt: skip
@@ -101,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     schedule = Schedule(
         args.steps, args.minutes, args.warmup, args.decay_start, args.decay_end, args.muon_lr, args.adam_lr,
-        getattr(args, "balance", 0.0), getattr(args, "fewer_share", 0.0),
+        getattr(args, "expert_lr_scale", 1.0), getattr(args, "balance", 0.0), getattr(args, "fewer_share", 0.0),
     )  # fmt: skip
     maker = BatchMaker(
         args.data,
@@ -110,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         ),
         args.seed if args.phase == "dense" else args.seed + 1_000_003,
     )  # fmt: skip
-    trainer = Trainer(shape, schedule, maker, args.run, args.device, args.seed, compiled=not args.no_compile)
+    trainer = Trainer(
+        shape, schedule, maker, args.run, args.device, args.seed, not args.no_compile, args.dtype == "bfloat16"
+    )
     if trainer.can_continue:
         trainer.restore()
     elif args.phase == "dense":

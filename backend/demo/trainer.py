@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backend.demo.batches import DRILL, FAMILY_NAMES, BatchMaker, family_mix
@@ -31,6 +30,8 @@ class Schedule:
     decay_end: float = 0.02
     muon_lr: float = 0.01
     adam_lr: float = 0.003
+    #: Muon's learning rate of routed experts, relative to other matrices'.
+    expert_lr_scale: float = 1.0
     balance: float = 0.01
     #: Share of steps in which tokens get two experts, so that the model bears to have fewer.
     fewer_share: float = 0.0
@@ -61,9 +62,10 @@ class Trainer:
         device: str,
         seed: int,
         compiled: bool = True,
+        low_precision: bool = False,
     ) -> None:
         self.shape, self.schedule, self.maker, self.run, self.seed = shape, schedule, maker, run, seed
-        self.device, self.compiled = torch.device(device), compiled
+        self.device, self.compiled, self.low_precision = torch.device(device), compiled, low_precision
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.losses: dict[str, float] = {}
         self._recent: list[dict[str, float]] = []
@@ -126,10 +128,15 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One batch; returns the losses, which log.jsonl gets every few steps as means."""
+        with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
+            return self._train_step()
+
+    def _train_step(self) -> dict[str, float]:
         started = time.monotonic()
         rate = self.schedule.rate(self.step, self.progress)
-        for optimizer, base in zip(self.optimizers, (self.schedule.muon_lr, self.schedule.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * rate
         batch = self.maker.make(self.step, family_mix(self.losses))
         text, questions, documents, positions, targets, weights, families = (
             torch.from_numpy(array).to(self.device) for array in astuple(batch)
@@ -138,9 +145,9 @@ class Trainer:
         ids, numbers = zip(*blocks, (questions, documents), strict=True)
         fewer = torch.rand((), generator=torch.Generator().manual_seed(self.seed * 7_919 + self.step)).item()
         top_k = _FEWER_EXPERTS if fewer < self.schedule.fewer_share else self.shape.top_k
-        states, balance = self.model(ids, numbers, top_k)
-        logits = self.model.logits(states[positions])
-        each = F.cross_entropy(logits, targets, reduction="none")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision):
+            states, balance = self.model(ids, numbers, top_k)
+            each = self.model.losses(states[positions], targets)
         loss = (each * weights).sum() / weights.sum()
         (loss + self.schedule.balance * balance).backward()
         for optimizer in self.optimizers:
@@ -155,7 +162,8 @@ class Trainer:
 
     def _set_model(self, model: DemoModel) -> None:
         self.model = model.to(self.device)
-        self.optimizers = make_optimizers(self.model, self.schedule.muon_lr, self.schedule.adam_lr)
+        schedule = self.schedule
+        self.optimizers = make_optimizers(self.model, schedule.muon_lr, schedule.adam_lr, schedule.expert_lr_scale)
         if self.compiled:
             self.model.compile()
 

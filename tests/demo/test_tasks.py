@@ -6,7 +6,7 @@ import pytest
 
 from backend.demo.families import FAMILIES, sample
 from backend.demo.quality import held_out_questions
-from backend.demo.tasks import LETTER_LABELS, is_held_out, letter_form
+from backend.demo.tasks import LETTER_LABELS, is_held_out, is_right, letter_form
 
 
 def _argument(prompt: str) -> str:
@@ -93,13 +93,28 @@ def test_options_are_four_different_ones_with_the_answer_under_its_letter(family
     letters = set()
     for _ in range(50):
         question = sample(family, rng)
-        prompt, letter = letter_form(question, rng)
+        prompt, reply = letter_form(question, rng)
         options = dict(line.split(") ", 1) for line in prompt.split("\n")[1:])
         assert tuple(options) == LETTER_LABELS
         assert len(set(options.values())) == 4
-        assert options[letter] == question.answer
+        answer, _, letter = reply.rpartition(", so ")
+        assert options[letter] == question.answer == answer
         letters.add(letter)
     assert letters == set(LETTER_LABELS)
+
+
+def test_a_free_answer_counts_when_it_is_the_exact_text():
+    assert is_right("free", " a b c", "a b c")
+    assert not is_right("free", " a b", "a b c")
+    assert not is_right("free", " a b c d", "a b c")
+
+
+def test_a_letter_answer_counts_by_its_letter_alone():
+    assert is_right("letter", " 12, so B", "12, so B")
+    assert is_right("letter", " 13, so B", "12, so B")
+    assert not is_right("letter", " 12, so C", "12, so B")
+    assert not is_right("letter", " B", "12, so B")
+    assert not is_right("letter", " 12, so B or C", "12, so B")
 
 
 def test_held_out_questions_are_different_ones():

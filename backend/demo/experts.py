@@ -67,7 +67,9 @@ class _ChosenExperts(torch.autograd.Function):
         shifts = (ends - padded) - (counts.cumsum(0) - counts)
         rows = torch.arange(len(order)) + shifts.repeat_interleave(counts)  # of the sorted assignments
         ends = ends.tolist()
-        runs = [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start]
+        runs = [
+            (e, start, end) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if end > start
+        ]
         source = rows.new_zeros(ends[-1])  # [P] the row's token; padding reads token 0
         source[rows] = order // k
         row_weights = weights.new_zeros(ends[-1], 1)

@@ -51,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
         phase.add_argument("--text-rows", type=int, default=6, help="rows of text in a batch (default 6)")
         phase.add_argument("--text-length", type=int, default=256, help="tokens of a text row (default 256)")
         phase.add_argument("--question-rows", type=int, default=24, help="rows of questions in a batch (default 24)")
-        phase.add_argument("--question-length", type=int, default=128, help="tokens of a row of questions (default 128)")
+        phase.add_argument(
+            "--question-length", type=int, default=128, help="tokens of a row of questions (default 128)"
+        )
         phase.add_argument("--drill-rows", type=int, default=1, help="question rows that drill repetition (default 1)")
         phase.add_argument(
             "--letter-share", type=float, default=0.35, help="share of questions with options (default 0.35)"

@@ -28,6 +28,8 @@ class ModelRunner:
             torch.set_num_threads(config.cpu_threads)
         self.device = resolve_device(device)
         self.model = load_model(config.checkpoint, routing=config.routing, device=self.device, dtype=config.dtype)
+        if config.widen_experts > 1:
+            self.model.widen_experts(config.widen_experts)
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:

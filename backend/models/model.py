@@ -80,6 +80,12 @@ class MoeModel:
         """Bytes of all weights."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.weights())
 
+    def widen_experts(self, times: int) -> None:
+        """Make each routed and united expert `times` as wide and expensive without changing what it computes."""
+        for layer in self.layers:
+            if layer.moe is not None:
+                layer.moe.experts.widen(times)
+
     def set_thresholds(self, table: Sequence[Sequence[float]] | Tensor) -> None:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
         self.thresholds.copy_(torch.as_tensor(table, dtype=torch.float32))

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from numba import prange
 from torch import Tensor
 
-from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, two_rows
+from backend.kernels.cpu import bfloat16
+from backend.kernels.cpu.bfloat16 import put, rows_times
+from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel
 from backend.kernels.cpu.linear import matmul_into
 
 #: Average rows per slot up to which reading the weights costs more than computing with them.
@@ -26,7 +28,8 @@ def grouped_experts_forward(
 ) -> Tensor:
     """Sum over k of weights[t, k] * w2 @ (silu(gate) * up) with the weights of slots[t, k]; returns [T, M].
 
-    float32 sums whatever the type of the weights.
+    float32 sums whatever the type of the weights. Where the processor multiplies bfloat16 and the weights are of that type,
+    hidden and the activations are rounded to it, too.
     """
     out = torch.empty(hidden.shape)
     few = slots.numel() <= FEW_ROWS * w13.shape[0]
@@ -51,7 +54,9 @@ def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tenso
 
 
 def _few_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
-    y, order = _slot_outputs(x.numpy(), as_array(w13), as_array(w2), slots.numpy())
+    if bfloat16.multiplies(w13) and bfloat16.multiplies(w2):
+        x = x.to(torch.bfloat16)
+    y, order = _slot_outputs(as_array(x), as_array(w13), as_array(w2), slots.numpy())
     _combine(y, order, weights.contiguous().numpy(), out.numpy())
 
 
@@ -93,20 +98,20 @@ def _slot_outputs(x, w13, w2, slots):
     hidden, size = w2.shape[1], w2.shape[2]
     active, span, order = sort_by_slot(slots, w13.shape[0])
     num_active, num_rows = active.shape[0], order.shape[0]
-    rows = np.empty((num_rows, hidden), np.float32)
+    rows = np.empty((num_rows, hidden), x.dtype)
     for i in range(num_rows):
         rows[i] = x[order[i] // top_k]
 
-    act = np.empty((num_rows, size), np.float32)
+    act = np.empty((num_rows, size), x.dtype)
     num_tiles = (size + _TILE - 1) // _TILE
     for job in prange(num_tiles * num_active):
         tile, s = job // num_active, job % num_active
         matrix, begin, end = w13[active[s]], span[s], span[s + 1]
         gate, up = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
         for r in range(tile * _TILE, min(size, (tile + 1) * _TILE)):
-            two_rows(matrix[r], matrix[size + r], rows, begin, end, gate, up)
+            rows_times(matrix[r], matrix[size + r], rows, begin, end, gate, up)
             for i in range(end - begin):
-                act[begin + i, r] = gate[i] / (ONE + exp(-gate[i])) * up[i]
+                put(act, begin + i, r, gate[i] / (ONE + exp(-gate[i])) * up[i])
 
     y = np.empty((num_rows, hidden), np.float32)
     num_tiles = (hidden + _TILE - 1) // _TILE
@@ -117,7 +122,7 @@ def _slot_outputs(x, w13, w2, slots):
         last = min(hidden, (tile + 1) * _TILE)
         for r in range(tile * _TILE, last, 2):
             other = min(r + 1, last - 1)
-            two_rows(matrix[r], matrix[other], act, begin, end, a, b)
+            rows_times(matrix[r], matrix[other], act, begin, end, a, b)
             for i in range(end - begin):
                 y[begin + i, r] = a[i]
                 y[begin + i, other] = b[i]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import prange
+from numba import get_num_threads, prange
 from torch import Tensor
 
 from backend.kernels.cpu import bfloat16
 from backend.kernels.cpu.bfloat16 import put, rows_times
-from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel
+from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, widen
 from backend.kernels.cpu.linear import matmul_into
 
-#: Average rows per slot up to which reading the weights costs more than computing with them.
-FEW_ROWS = 24
-#: Rows of weights that a thread takes at a time.
-_TILE = 32
+#: Average rows per slot up to which the compiled kernel is faster than matrix products; with bfloat16 units it stays so longer.
+FEW_ROWS, FEW_BFLOAT16_ROWS = 24, 48
+#: Rows of x that meet a weight row together: they stay in the first-level cache while the weights pass.
+_CHUNK = 32
 
 
 def grouped_experts_forward(
@@ -32,7 +32,8 @@ def grouped_experts_forward(
     hidden and the activations are rounded to it, too.
     """
     out = torch.empty(hidden.shape)
-    few = slots.numel() <= FEW_ROWS * w13.shape[0]
+    most = FEW_BFLOAT16_ROWS if bfloat16.multiplies(w13) else FEW_ROWS
+    few = slots.numel() <= most * w13.shape[0]
     (_few_rows if few else _many_rows)(hidden.float().contiguous(), w13, w2, slots.contiguous(), weights, out)
     return out.to(hidden.dtype)
 
@@ -41,22 +42,34 @@ def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tenso
     """A pair of matrix products for each slot, over its assignments laid end to end."""
     size, top_k = w2.shape[2], slots.shape[1]
     active, span, order = sort_by_slot(slots.numpy(), w13.shape[0])
-    rows = x.index_select(0, torch.from_numpy(order // top_k))
-    gate_up = torch.empty(len(order), 2 * size)
-    y = torch.empty_like(rows)
     spans = list(zip(active.tolist(), span[:-1].tolist(), span[1:].tolist(), strict=True))
+    # Where the processor multiplies the weights' type, everything between the products is of that type, too.
+    direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
+    rows = (x.to(w13.dtype) if direct else x).index_select(0, torch.from_numpy(order // top_k))
+    gate_up, y = rows.new_empty(len(order), 2 * size), torch.empty_like(rows)
+    multiply = _multiply if direct else matmul_into
     for slot, begin, end in spans:
-        matmul_into(rows[begin:end], w13[slot], gate_up[begin:end])
+        multiply(rows[begin:end], w13[slot], gate_up[begin:end])
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
-        matmul_into(act[begin:end], w2[slot], y[begin:end])
-    _combine(y.numpy(), order, weights.contiguous().numpy(), out.numpy())
+        multiply(act[begin:end], w2[slot], y[begin:end])
+    _combine(as_array(y), order, weights.contiguous().numpy(), out.numpy())
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.mm(x, weight.t(), out=out)
 
 
 def _few_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
     if bfloat16.multiplies(w13) and bfloat16.multiplies(w2):
         x = x.to(torch.bfloat16)
-    y, order = _slot_outputs(as_array(x), as_array(w13), as_array(w2), slots.numpy())
+    # From torch, whose memory begins at cache lines: vectors that lie across two lines load at half the rate.
+    assignments, size = slots.numel(), w2.shape[2]
+    rows, act = x.new_empty(assignments, x.shape[1]), x.new_empty(assignments, size)
+    y = torch.empty(assignments, x.shape[1]).numpy()
+    order = _slot_outputs(
+        as_array(x), as_array(w13), as_array(w2), slots.numpy(), get_num_threads(), as_array(rows), as_array(act), y
+    )
     _combine(y, order, weights.contiguous().numpy(), out.numpy())
 
 
@@ -88,45 +101,57 @@ def sort_by_slot(slots, num_slots):
 
 
 @parallel_kernel
-def _slot_outputs(x, w13, w2, slots):
-    """Outputs [A, M] of the assignments in order of their slots, and that order [A].
+def _slot_outputs(x, w13, w2, slots, parts, rows, act, y):
+    """Fills y [T * K, M] with the outputs of the assignments in order of their slots; returns that order [A].
 
-    Work is cut into tiles of weight rows, all slots' first tiles first: each thread then gets its share of every slot,
-    however unevenly tokens are spread over them.
+    rows [T * K, M] and act [T * K, I] are room for the assignments' inputs and activations, of x's type.
+
+    Every slot's rows of weights are cut into `parts`, one for each thread, so that each gets its share of every slot, however
+    unevenly tokens are spread over them, and reads long stretches of memory.
     """
     top_k = slots.shape[1]
     hidden, size = w2.shape[1], w2.shape[2]
     active, span, order = sort_by_slot(slots, w13.shape[0])
-    num_active, num_rows = active.shape[0], order.shape[0]
-    rows = np.empty((num_rows, hidden), x.dtype)
-    for i in range(num_rows):
+    num_active = active.shape[0]
+    for i in range(order.shape[0]):
         rows[i] = x[order[i] // top_k]
 
-    act = np.empty((num_rows, size), x.dtype)
-    num_tiles = (size + _TILE - 1) // _TILE
-    for job in prange(num_tiles * num_active):
-        tile, s = job // num_active, job % num_active
-        matrix, begin, end = w13[active[s]], span[s], span[s + 1]
-        gate, up = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
-        for r in range(tile * _TILE, min(size, (tile + 1) * _TILE)):
-            rows_times(matrix[r], matrix[size + r], rows, begin, end, gate, up)
+    span_of_part = (size + parts - 1) // parts
+    for job in prange(parts * num_active):
+        part, s = job // num_active, job % num_active
+        matrix = w13[active[s]]
+        first, last = min(size, part * span_of_part), min(size, (part + 1) * span_of_part)
+        a, b = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+        gates, ups = np.empty((_CHUNK, last - first), np.float32), np.empty((_CHUNK, last - first), np.float32)
+        for begin in range(span[s], span[s + 1], _CHUNK):
+            end = min(begin + _CHUNK, span[s + 1])
+            for r in range(first, last):
+                rows_times(matrix[r], matrix[size + r], rows, begin, end, a, b)
+                for i in range(end - begin):
+                    gates[i, r - first] = a[i]
+                    ups[i, r - first] = b[i]
             for i in range(end - begin):
-                put(act, begin + i, r, gate[i] / (ONE + exp(-gate[i])) * up[i])
+                gate, up = gates[i], ups[i]
+                for r in range(last - first):
+                    put(act, begin + i, first + r, gate[r] / (ONE + exp(-gate[r])) * up[r])
 
-    y = np.empty((num_rows, hidden), np.float32)
-    num_tiles = (hidden + _TILE - 1) // _TILE
-    for job in prange(num_tiles * num_active):
-        tile, s = job // num_active, job % num_active
-        matrix, begin, end = w2[active[s]], span[s], span[s + 1]
-        a, b = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
-        last = min(hidden, (tile + 1) * _TILE)
-        for r in range(tile * _TILE, last, 2):
-            other = min(r + 1, last - 1)
-            rows_times(matrix[r], matrix[other], act, begin, end, a, b)
-            for i in range(end - begin):
-                y[begin + i, r] = a[i]
-                y[begin + i, other] = b[i]
-    return y, order
+    span_of_part = (hidden + parts - 1) // parts
+    for job in prange(parts * num_active):
+        part, s = job // num_active, job % num_active
+        matrix = w2[active[s]]
+        first, last = part * span_of_part, min(hidden, (part + 1) * span_of_part)
+        a, b = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+        # In pairs far apart: from two neighbouring rows at once, memory gives less than half its rate.
+        half = (last - first + 1) // 2
+        for begin in range(span[s], span[s + 1], _CHUNK):
+            end = min(begin + _CHUNK, span[s + 1])
+            for r in range(first, first + half):
+                other = min(r + half, last - 1)
+                rows_times(matrix[r], matrix[other], act, begin, end, a, b)
+                for i in range(end - begin):
+                    y[begin + i, r] = a[i]
+                    y[begin + i, other] = b[i]
+    return order
 
 
 @parallel_kernel
@@ -144,4 +169,4 @@ def _combine(y, order, weights, out):
             if i >= 0:
                 weight = weights[t, k]
                 for m in range(total.shape[0]):
-                    total[m] += weight * y[i, m]
+                    total[m] += weight * widen(y[i, m])

@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 import torch
-from numba import prange
+from numba import get_num_threads, prange
 from torch import Tensor
 
 from backend.kernels.cpu import bfloat16
@@ -23,8 +23,6 @@ FEW_ROWS = 48
 _TRANSPOSED_ROWS = range(6, 64)
 #: Weights widened at a time: 2 MiB of float32, which stay in the caches until they are used.
 _WIDENED_ELEMENTS = 2**19
-#: Rows of weights that a thread takes at a time.
-_TILE = 32
 
 _scratch = threading.local()
 
@@ -43,7 +41,8 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
         _multiply(x, weight, out)
     elif x.shape[0] <= FEW_ROWS:
         x = x.contiguous()
-        _few_rows(as_array(x.to(weight.dtype) if bfloat16.multiplies(weight) else x), as_array(weight), out.numpy())
+        x = x.to(weight.dtype) if bfloat16.multiplies(weight) else x
+        _few_rows(as_array(x), as_array(weight), out.numpy(), get_num_threads())
     elif weight.dtype == torch.bfloat16 and _has_bfloat16_units():
         out.copy_(torch.mm(x.to(weight.dtype), weight.t()))
     else:
@@ -56,13 +55,16 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 @parallel_kernel
-def _few_rows(x, weight, out):
+def _few_rows(x, weight, out, parts):
     num_rows, num_out = out.shape
-    for tile in prange((num_out + _TILE - 1) // _TILE):
+    span = (num_out + parts - 1) // parts
+    for part in prange(parts):
         a, b = np.empty(num_rows, np.float32), np.empty(num_rows, np.float32)
-        last = min(num_out, (tile + 1) * _TILE)
-        for r in range(tile * _TILE, last, 2):
-            other = min(r + 1, last - 1)
+        first, last = part * span, min(num_out, (part + 1) * span)
+        # In pairs far apart: from two neighbouring rows at once, memory gives less than half its rate.
+        half = (last - first + 1) // 2
+        for r in range(first, first + half):
+            other = min(r + half, last - 1)
             rows_times(weight[r], weight[other], x, 0, num_rows, a, b)
             for i in range(num_rows):
                 out[i, r] = a[i]

@@ -21,10 +21,12 @@ def warm_up(dtype: torch.dtype) -> None:
     """Run each compiled kernel once with weights and KV cache of this type."""
     slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     for size in (8, 32):  # lengths that bfloat16 instructions do not fit and do fit
-        x = torch.zeros(1, size)
-        cpu.linear(x, torch.zeros(4, size, dtype=dtype))
+        cpu.linear(torch.zeros(1, size), torch.zeros(4, size, dtype=dtype))
         w13, w2 = torch.zeros(1, 2 * size, size, dtype=dtype), torch.zeros(1, size, size, dtype=dtype)
-        cpu.grouped_experts_forward(x, w13, w2, slots, weights)
+        for tokens in (1, 64):  # few and many rows
+            cpu.grouped_experts_forward(
+                torch.zeros(tokens, size), w13, w2, slots.expand(tokens, 1), weights.expand(tokens, 1)
+            )
     cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     cpu.decode_attention(torch.zeros(1, 1, 8), cache, cache, table, lens, 1.0, None)

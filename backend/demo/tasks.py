@@ -1,8 +1,8 @@
 """Questions with one checkable answer: what a question is, its two forms, and which prompts are held out.
 
-Free form: the answer itself, compared exactly. Letter form: four options, one of them right; the reply says the answer and
-then its letter ("12, so B"), and only the letter counts. A letter alone would have to be worked out in one pass, before
-anything is written, which a model of this size does not learn.
+Free form: the answer itself, compared exactly. Letter form: four options, one of them right, each followed by its letter;
+the reply says the option and its letter ("12 B"), and only the letter counts. (A letter alone would have to be worked out in
+one pass, before anything is written, which a model of this size does not learn.)
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def letter_form(question: Question, rng: random.Random) -> tuple[str, str]:
     """(prompt with four options, reply that ends with the letter of the right one), options in random order."""
     options = [question.answer, *question.distractors]
     rng.shuffle(options)
-    lines = [f"{label}) {option}" for label, option in zip(LETTER_LABELS, options, strict=True)]
+    offered = ", ".join(f"{option} {label}" for label, option in zip(LETTER_LABELS, options, strict=True))
     label = LETTER_LABELS[options.index(question.answer)]
-    return "\n".join([question.prompt, *lines]), f"{question.answer}, so {label}"
+    return f"{question.prompt}\nOptions: {offered}", f"{question.answer} {label}"
 
 
 def in_form(question: Question, form: str, rng: random.Random) -> tuple[str, str]:
@@ -65,8 +65,8 @@ def is_right(form: str, said: str, answer: str) -> bool:
     """Whether a completion answers as `in_form` asks: the exact text, or a reply that ends with the right letter."""
     if form == "free":
         return said.strip() == answer
-    head, _, label = said.strip().rpartition(", so ")
-    return bool(head) and label == answer[-1]
+    option, _, label = said.strip().rpartition(" ")
+    return bool(option) and label == answer[-1]
 
 
 def _three(answer: str, wrong: list[str], rng: random.Random) -> tuple[str, str, str]:

@@ -90,3 +90,32 @@ INITIAL_WORDS = tuple(
 
 #: unit, smaller unit, power of ten
 UNITS = (("km", "m", 3), ("m", "cm", 2), ("cm", "mm", 1), ("kg", "g", 3), ("l", "ml", 3), ("dollars", "cents", 2))
+
+GERMAN = dict(
+    pair.split(":")
+    for pair in (
+        "cat:Katze dog:Hund house:Haus tree:Baum book:Buch bird:Vogel water:Wasser bread:Brot milk:Milch sun:Sonne moon:Mond "
+        "sea:Meer red:rot green:grün blue:blau black:schwarz white:weiß one:eins two:zwei three:drei four:vier five:fünf "
+        "king:König woman:Frau man:Mann child:Kind day:Tag night:Nacht hand:Hand head:Kopf heart:Herz door:Tür "
+        "street:Straße city:Stadt friend:Freund table:Tisch stone:Stein apple:Apfel fire:Feuer ice:Eis"
+    ).split()
+)
+
+PAST = dict(
+    pair.split(":")
+    for pair in (
+        "go:went see:saw take:took give:gave come:came find:found think:thought tell:told know:knew get:got make:made "
+        "say:said eat:ate drink:drank run:ran sing:sang write:wrote read:read speak:spoke break:broke buy:bought "
+        "bring:brought catch:caught teach:taught build:built send:sent lose:lost win:won sell:sold feel:felt keep:kept "
+        "leave:left meet:met pay:paid ride:rode rise:rose sit:sat sleep:slept stand:stood swim:swam throw:threw wake:woke"
+    ).split()
+)
+
+SYMBOLS = dict(
+    pair.split(":")
+    for pair in (
+        "hydrogen:H helium:He carbon:C nitrogen:N oxygen:O neon:Ne sodium:Na magnesium:Mg silicon:Si phosphorus:P sulfur:S "
+        "chlorine:Cl argon:Ar potassium:K calcium:Ca iron:Fe cobalt:Co nickel:Ni copper:Cu zinc:Zn silver:Ag tin:Sn iodine:I "
+        "gold:Au mercury:Hg lead:Pb radium:Ra uranium:U platinum:Pt tungsten:W titanium:Ti manganese:Mn"
+    ).split()
+)

@@ -32,15 +32,18 @@ def grouped_experts_forward(
     hidden and the activations are rounded to it, too.
     """
     out = torch.empty(hidden.shape)
-    few = slots.numel() <= FEW_ROWS * w13.shape[0]
-    (_few_rows if few else _many_rows)(hidden.float().contiguous(), w13, w2, slots.contiguous(), weights, out)
+    active, span, order = sort_by_slot(slots.contiguous().numpy(), w13.shape[0])
+    slot_outputs = _few_rows if len(order) <= FEW_ROWS * len(active) else _many_rows
+    y = slot_outputs(hidden.float().contiguous(), w13, w2, active, span, order, slots.shape[1])
+    _combine(y, order, weights.contiguous().numpy(), out.numpy())
     return out.to(hidden.dtype)
 
 
-def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
+def _many_rows(
+    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> np.ndarray:
     """A pair of matrix products for each slot, over its assignments laid end to end."""
-    size, top_k = w2.shape[2], slots.shape[1]
-    active, span, order = sort_by_slot(slots.numpy(), w13.shape[0])
+    size = w2.shape[2]
     rows = x.index_select(0, torch.from_numpy(order // top_k))
     gate_up = torch.empty(len(order), 2 * size)
     y = torch.empty_like(rows)
@@ -50,14 +53,15 @@ def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tenso
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
         matmul_into(act[begin:end], w2[slot], y[begin:end])
-    _combine(y.numpy(), order, weights.contiguous().numpy(), out.numpy())
+    return y.numpy()
 
 
-def _few_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
+def _few_rows(
+    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> np.ndarray:
     if bfloat16.multiplies(w13) and bfloat16.multiplies(w2):
         x = x.to(torch.bfloat16)
-    y, order = _slot_outputs(as_array(x), as_array(w13), as_array(w2), slots.numpy())
-    _combine(y, order, weights.contiguous().numpy(), out.numpy())
+    return _slot_outputs(as_array(x), as_array(w13), as_array(w2), active, span, order, top_k)
 
 
 @kernel
@@ -88,15 +92,13 @@ def sort_by_slot(slots, num_slots):
 
 
 @parallel_kernel
-def _slot_outputs(x, w13, w2, slots):
-    """Outputs [A, M] of the assignments in order of their slots, and that order [A].
+def _slot_outputs(x, w13, w2, active, span, order, top_k):
+    """Outputs [A, M] of the assignments in the order of sort_by_slot.
 
     Work is cut into tiles of weight rows, all slots' first tiles first: each thread then gets its share of every slot,
     however unevenly tokens are spread over them.
     """
-    top_k = slots.shape[1]
     hidden, size = w2.shape[1], w2.shape[2]
-    active, span, order = sort_by_slot(slots, w13.shape[0])
     num_active, num_rows = active.shape[0], order.shape[0]
     rows = np.empty((num_rows, hidden), x.dtype)
     for i in range(num_rows):
@@ -126,7 +128,7 @@ def _slot_outputs(x, w13, w2, slots):
             for i in range(end - begin):
                 y[begin + i, r] = a[i]
                 y[begin + i, other] = b[i]
-    return y, order
+    return y
 
 
 @parallel_kernel

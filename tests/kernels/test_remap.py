@@ -313,6 +313,26 @@ def remap_slots(case: Case, kernels) -> Tensor:
     )[0]
 
 
+@pytest.mark.parametrize("mechanism", [*KEPT_SET, "top_k", "piggyback"])
+@pytest.mark.parametrize("ranking", ["count", "gate_mass"])
+def test_reference_never_reads_the_device(mechanism: str, ranking: str) -> None:
+    """Tensors without contents: a read, or a size that depends on contents, is an error."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tables = (tensor(5, dtype=torch.int64), tensor(4), tensor(7, dtype=torch.int8), tensor(dtype=torch.int32))
+    more: dict[str, object] = {"replaced": tensor(7, dtype=torch.int32)}
+    if mechanism in KEPT_SET:
+        more |= {"mechanism": mechanism, "ranking": ranking, "united_slots": tensor(5, dtype=torch.int64)}
+        more |= {"similarity": tensor(5, 5), "similarity_min": tensor()}
+    else:
+        more |= {"scores": tensor(7, 5) if mechanism == "piggyback" else None, "renormalize": ranking == "gate_mass"}
+    function = reference.remap_experts if mechanism in KEPT_SET else reference.select_experts
+    slots, weights = function(tensor(7, 2, dtype=torch.int64), tensor(7, 2), *tables, **more)
+    assert slots.shape == weights.shape == (7, 2) and slots.dtype == torch.int64
+
+
 def test_without_united_experts_nothing_is_replaced() -> None:
     experts, weights = torch.tensor([[0, 2], [1, 0], [2, 1]]), torch.rand(3, 2)
     for kernels in (reference, cpu):

@@ -51,6 +51,12 @@ class EngineConfig:
     max_waiting: int = 1024
     #: Responses handed to Triton per second and stub; default 300 per core.
     max_responses_per_s: int | None = None
+    #: United experts: comma-separated files, or ways W for united-W.safetensors of the checkpoint's folder. Default: all
+    #: such files there; `none`: none of them. A dummy has seeded ones for the ways listed here.
+    united: str = ""
+    #: File of expert similarities, for rerouting. Default: expert-similarity.safetensors of the checkpoint's folder, if
+    #: it is there; `none`: none; a dummy makes one for `seeded`.
+    similarity: str = ""
     attention_backend: str = "auto"
     #: Seconds a shutdown waits for running requests before it aborts them.
     drain_timeout_s: float = 5.0

@@ -13,8 +13,8 @@ from backend.kernels.cpu.bfloat16 import put, rows_times
 from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, widen
 from backend.kernels.cpu.linear import matmul_into
 
-#: Average rows per slot up to which the compiled kernel is faster than matrix products; with bfloat16 units it stays so longer.
-FEW_ROWS, FEW_BFLOAT16_ROWS = 24, 48
+#: Average rows per active slot up to which the compiled kernel is faster than matrix products; with bfloat16 units it stays so longer.
+FEW_ROWS, FEW_BFLOAT16_ROWS = 24, 64
 #: Rows of x that meet a weight row together: they stay in the first-level cache while the weights pass.
 _CHUNK = 32
 
@@ -32,45 +32,48 @@ def grouped_experts_forward(
     hidden and the activations are rounded to it, too.
     """
     out = torch.empty(hidden.shape)
-    most = FEW_BFLOAT16_ROWS if bfloat16.multiplies(w13) else FEW_ROWS
-    few = slots.numel() <= most * w13.shape[0]
-    (_few_rows if few else _many_rows)(hidden.float().contiguous(), w13, w2, slots.contiguous(), weights, out)
+    direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
+    active, span, order = sort_by_slot(slots.contiguous().numpy(), w13.shape[0])
+    few = len(order) <= (FEW_BFLOAT16_ROWS if direct else FEW_ROWS) * len(active)
+    x = hidden.to(w13.dtype if direct else torch.float32).contiguous()
+    y = (_few_rows if few else _many_rows)(x, w13, w2, active, span, order, slots.shape[1])
+    _combine(y, order, weights.contiguous().numpy(), out.numpy())
     return out.to(hidden.dtype)
 
 
-def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
+def _many_rows(
+    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> np.ndarray:
     """A pair of matrix products for each slot, over its assignments laid end to end."""
-    size, top_k = w2.shape[2], slots.shape[1]
-    active, span, order = sort_by_slot(slots.numpy(), w13.shape[0])
+    size = w2.shape[2]
     spans = list(zip(active.tolist(), span[:-1].tolist(), span[1:].tolist(), strict=True))
-    # Where the processor multiplies the weights' type, everything between the products is of that type, too.
-    direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
-    rows = (x.to(w13.dtype) if direct else x).index_select(0, torch.from_numpy(order // top_k))
+    rows = x.index_select(0, torch.from_numpy(order // top_k))
     gate_up, y = rows.new_empty(len(order), 2 * size), torch.empty_like(rows)
-    multiply = _multiply if direct else matmul_into
     for slot, begin, end in spans:
-        multiply(rows[begin:end], w13[slot], gate_up[begin:end])
+        _multiply(rows[begin:end], w13[slot], gate_up[begin:end])
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
-        multiply(act[begin:end], w2[slot], y[begin:end])
-    _combine(as_array(y), order, weights.contiguous().numpy(), out.numpy())
+        _multiply(act[begin:end], w2[slot], y[begin:end])
+    return as_array(y)
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    torch.mm(x, weight.t(), out=out)
+    """In the weights' type where x has it, else in float32."""
+    if x.dtype == weight.dtype == torch.bfloat16:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        matmul_into(x, weight, out)
 
 
-def _few_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
-    if bfloat16.multiplies(w13) and bfloat16.multiplies(w2):
-        x = x.to(torch.bfloat16)
+def _few_rows(
+    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> np.ndarray:
     # From torch, whose memory begins at cache lines: vectors that lie across two lines load at half the rate.
-    assignments, size = slots.numel(), w2.shape[2]
-    rows, act = x.new_empty(assignments, x.shape[1]), x.new_empty(assignments, size)
-    y = torch.empty(assignments, x.shape[1]).numpy()
-    order = _slot_outputs(
-        as_array(x), as_array(w13), as_array(w2), slots.numpy(), get_num_threads(), as_array(rows), as_array(act), y
-    )
-    _combine(y, order, weights.contiguous().numpy(), out.numpy())
+    rows, act = x.new_empty(len(order), x.shape[1]), x.new_empty(len(order), w2.shape[2])
+    y = torch.empty(len(order), x.shape[1]).numpy()
+    arrays = (as_array(tensor) for tensor in (x, w13, w2, rows, act))
+    _slot_outputs(*arrays, y, active, span, order, top_k, get_num_threads())
+    return y
 
 
 @kernel
@@ -101,17 +104,15 @@ def sort_by_slot(slots, num_slots):
 
 
 @parallel_kernel
-def _slot_outputs(x, w13, w2, slots, parts, rows, act, y):
-    """Fills y [T * K, M] with the outputs of the assignments in order of their slots; returns that order [A].
+def _slot_outputs(x, w13, w2, rows, act, y, active, span, order, top_k, parts):
+    """Fills y [A, M] with the outputs of the assignments in the order of sort_by_slot.
 
-    rows [T * K, M] and act [T * K, I] are room for the assignments' inputs and activations, of x's type.
+    rows [A, M] and act [A, I] are room for the assignments' inputs and activations, of x's type.
 
     Every slot's rows of weights are cut into `parts`, one for each thread, so that each gets its share of every slot, however
     unevenly tokens are spread over them, and reads long stretches of memory.
     """
-    top_k = slots.shape[1]
     hidden, size = w2.shape[1], w2.shape[2]
-    active, span, order = sort_by_slot(slots, w13.shape[0])
     num_active = active.shape[0]
     for i in range(order.shape[0]):
         rows[i] = x[order[i] // top_k]
@@ -151,7 +152,6 @@ def _slot_outputs(x, w13, w2, slots, parts, rows, act, y):
                 for i in range(end - begin):
                     y[begin + i, r] = a[i]
                     y[begin + i, other] = b[i]
-    return order
 
 
 @parallel_kernel

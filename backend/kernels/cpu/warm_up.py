@@ -27,6 +27,9 @@ def warm_up(dtype: torch.dtype) -> None:
             cpu.grouped_experts_forward(
                 torch.zeros(tokens, size), w13, w2, slots.expand(tokens, 1), weights.expand(tokens, 1)
             )
+    tables = (torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int8))
+    cpu.remap_experts(slots, weights, *tables)
+    cpu.select_experts(slots, weights, *tables, scores=torch.ones(1, 1))
     cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     cpu.decode_attention(torch.zeros(1, 1, 8), cache, cache, table, lens, 1.0, None)

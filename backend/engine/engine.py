@@ -155,28 +155,31 @@ class Engine:
     def _book(self, schedule: Schedule) -> list[Sequence]:
         """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""
         ready = []
+        computed = self.scheduler.computed
         for sequence, count in zip(schedule.sequences, schedule.num_tokens, strict=True):
+            computed(sequence, count)
             request = sequence.request
-            self._not_started.discard(request.request_id)
-            self.scheduler.computed(sequence, count)
-            if sequence.prompt_computed and not request.siblings_started:
-                request.siblings_started = True
-                for sibling in request.sequences[1:]:
-                    if not sibling.finished:
-                        self.scheduler.add(sibling)
+            if not request.siblings_started:
+                self._not_started.discard(request.request_id)
+                if sequence.prompt_computed:
+                    request.siblings_started = True
+                    for sibling in request.sequences[1:]:
+                        if not sibling.finished:
+                            self.scheduler.add(sibling)
             if sequence.num_computed == len(sequence.tokens):
                 ready.append(sequence)
         return ready
 
     def _sample_row(self, sequence: Sequence) -> SampleRow:
         params = sequence.request.params
+        position = len(sequence.tokens) - sequence.num_prompt
         return SampleRow(
-            params=params,
-            seed=sequence.seed,
-            position=sequence.num_output,
-            prompt_ids=sequence.request.prompt_ids,
-            output_ids=sequence.tokens[sequence.num_prompt :] if _reads_output(params) else (),
-            eos_token_ids=self.eos_token_ids if sequence.num_output < params.min_tokens else (),
+            params,
+            sequence.seed,
+            position,
+            sequence.request.prompt_ids,
+            sequence.tokens[sequence.num_prompt :] if _reads_output(params) else (),
+            self.eos_token_ids if position < params.min_tokens else (),
         )
 
     def _emit(self, sequence: Sequence, sampled: Sampled) -> Event:

@@ -37,9 +37,7 @@ def decode_attention(
     visible = context_lens if sliding_window is None else context_lens.clamp(max=sliding_window)
     seen = int(visible.sum())
     token_bytes = k_cache[0, 0].nbytes + v_cache[0, 0].nbytes
-    return Cost(
-        seen * token_bytes + 2 * q.nbytes + block_tables.nbytes + context_lens.nbytes, 4 * seen * q[0].numel()
-    )
+    return Cost(seen * token_bytes + 2 * q.nbytes + block_tables.nbytes + context_lens.nbytes, 4 * seen * q[0].numel())
 
 
 def prefill_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -54,19 +55,14 @@ def rss_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin a new peak, where the system can (Linux's clear_refs)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
+def reset_peak() -> None:
+    """Begin a new peak of resident memory, where the system can (Linux's clear_refs)."""
+    with contextlib.suppress(OSError):  # without it the peak since the start of the process is an upper bound
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak since the start of the process is an upper bound
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak device memory (GPU) or peak resident memory of this process (CPU) since `reset_peak`."""
+    """Peak device memory of this process (GPU), or its peak resident memory since `reset_peak` (CPU)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

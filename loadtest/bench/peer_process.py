@@ -59,7 +59,7 @@ class PeerProcess:
         self.name = spec.name
         self._stack = contextlib.ExitStack()
         # A file and no pipe: nobody has to read it while it runs.
-        self._errors = self._stack.enter_context(tempfile.TemporaryFile())
+        self._errors = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         env = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **os.environ}
         # Python's own settings are for this environment.
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
@@ -72,6 +72,7 @@ class PeerProcess:
             text=True,
             env=env,
         )
+        self._family: list[psutil.Process] = []
         self._stack.callback(self._end)
         try:
             self._ask(
@@ -133,24 +134,21 @@ class PeerProcess:
         lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-_ERROR_TAIL_LINES:]
         return "; its last lines:\n" + "\n".join(lines) if lines else "; it printed nothing"
 
-    def _processes(self) -> list[psutil.Process]:
-        try:
+    def _find(self) -> None:
+        """Note the process and its children; children that outlive it are known from before."""
+        with contextlib.suppress(psutil.NoSuchProcess):
             first = psutil.Process(self._process.pid)
-            return [first, *first.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+            self._family = [first, *first.children(recursive=True)]
 
     def _signal(self, action: str) -> None:
-        for process in self._processes():
+        self._find()
+        for process in self._family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 getattr(process, action)()
 
     def _end(self) -> None:
-        processes = self._processes()
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes, timeout=10)
+        self._signal("kill")
+        psutil.wait_procs(self._family, timeout=10)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:

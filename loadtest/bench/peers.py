@@ -23,7 +23,6 @@ class Peer(Protocol):
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         """Complete all prompts greedily with exactly `new_tokens` tokens each. Raises RuntimeError."""
-        ...
 
 
 def export_shape(checkpoint: str, folder: Path, dtype: str) -> Path:

@@ -35,17 +35,19 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
     blocks = array("i")
     for sequence in sequences:
         blocks.extend(sequence.blocks)
-    block_tables = np.zeros((len(sequences), lengths.max()), np.int32)
+    block_tables = np.zeros((len(sequences), int(lengths.max())), np.int32)
     block_tables[np.arange(block_tables.shape[1]) < lengths[:, None]] = blocks
 
     rows = np.repeat(np.arange(len(sequences)), counts)  # [T] the sequence of each token
     positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
-    kv_slots = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    kv_slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
 
     # A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill.
     prompts = np.array([sequence.num_prompt for sequence in sequences])
-    never = np.array([sequence.request.params.brownout == "never" for sequence in sequences])
-    token_class = (((counts == 1) & (starts >= prompts)) + _NEVER * never)[rows]
+    classes = ((counts == 1) & (starts >= prompts)).astype(np.int8)
+    never = [i for i, sequence in enumerate(sequences) if sequence.request.params.brownout == "never"]
+    if never:
+        classes[never] += _NEVER
     known = np.array([len(sequence.tokens) for sequence in sequences])
     logit_rows = query_start[1:][context_lens == known] - 1
 
@@ -53,14 +55,14 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
         return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     return ForwardBatch(
-        token_ids=on_device(token_ids, torch.int64),
+        token_ids=on_device(np.array(token_ids), torch.int64),
         positions=on_device(positions, torch.int64),
         kv_slots=on_device(kv_slots, torch.int64),
         query_start=on_device(query_start, torch.int32),
         context_lens=on_device(context_lens, torch.int32),
         block_tables=on_device(block_tables, torch.int32),
         logit_rows=on_device(logit_rows, torch.int64),
-        token_class=on_device(token_class, torch.int8),
+        token_class=on_device(classes[rows], torch.int8),
         num_decodes=num_decodes,
         query_lens=num_tokens,
         context_lens_host=context_lens.tolist(),

@@ -98,10 +98,10 @@ class Scheduler:
 
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Book `num_tokens` as computed and publish the blocks that are now full."""
-        sequence.num_computed += num_tokens
+        num_computed = sequence.num_computed = sequence.num_computed + num_tokens
         block_size = self.blocks.block_size
-        num_full = sequence.num_computed // block_size
-        if num_full > sequence.num_published:
+        if num_computed >= (sequence.num_published + 1) * block_size:
+            num_full = num_computed // block_size
             chain_hashes(sequence.tokens, block_size, sequence.hashes)
             for i in range(sequence.num_published, num_full):
                 self.blocks.publish(sequence.blocks[i], sequence.hashes[i])

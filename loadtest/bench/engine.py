@@ -145,10 +145,12 @@ def run(
                 rounds.engines[name] = AtSettings(ours, point)
             except ConfigError as error:
                 rounds.errors[name] = str(error)
-        rounds.round(measured=False)
+        rounds.round(budget, measured=False)
         # The export and transformers' model are in this process: with them its memory is not ours alone.
         memory = None if exported else ours.memory()
         for spec in peers:
+            if budget.spent:
+                break
             try:
                 rounds.engines[spec.name] = _peer(spec, loaded, ours, dtype, work, stack)
                 rounds.warm_up(spec.name)
@@ -157,7 +159,7 @@ def run(
         for number in range(runs):
             if number and budget.spent:
                 break
-            rounds.round()
+            rounds.round(budget)
             result |= _figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points or {}))
             write(result)
         if profile:
@@ -198,8 +200,11 @@ class _Rounds:
         self.tokens: dict[str, list[list[int]]] = {}
         self.errors: dict[str, str] = {}
 
-    def round(self, measured: bool = True) -> None:
+    def round(self, budget: Budget, measured: bool = True) -> None:
+        """Each engine once; when the budget is spent, ours only."""
         for name in list(self.engines):
+            if name != OURS and budget.spent:
+                continue
             try:
                 first, whole = self._runs(name)
             except Exception as error:
@@ -254,6 +259,8 @@ def _compared(rounds: _Rounds, name: str, ours: Rates) -> dict:
     """Another engine's or point's figures, with ours over theirs (for points: theirs over ours) as `ratio`."""
     if name in rounds.errors:
         return {"error": rounds.errors[name]}
+    if name not in rounds.rates:
+        return {"skipped": "the budget was spent"}
     engine = rounds.engines[name]
     median = Rates.median(rounds.rates[name])
     if isinstance(engine, AtSettings):
@@ -264,13 +271,18 @@ def _compared(rounds: _Rounds, name: str, ours: Rates) -> dict:
     return {"median": median, "ratio": ratio, **extra, "runs": list(rounds.rates[name])}
 
 
+def not_measured(other: dict) -> str | None:
+    """Why a peer or point has no figures; None if it has."""
+    return other.get("error") or other.get("skipped")
+
+
 def show(result: dict, checkpoint: str, console: Console) -> None:
     """The table of rates and whatever else was measured."""
     console.print(rates_table(result, checkpoint))
     for kind in ("points", "peers"):
         for name, other in result.get(kind, {}).items():
-            if "error" in other:
-                console.print(f"{name}: {other['error']}", style="red", markup=False)
+            if reason := not_measured(other):
+                console.print(f"{name}: {reason}", style="red", markup=False)
             elif kind == "peers":
                 console.print(f"{name}: {other['tokens_equal']:.0%} of the sequences have the same tokens")
     memory: Memory | None = result.get("memory")
@@ -301,7 +313,7 @@ def rates_table(result: dict, checkpoint: str) -> Table:
     table.add_row(OURS, *(f"{result[key]:.0f}" for key in _RATES))
     for kind, label in (("points", "{} / ours"), ("peers", "ours / {}")):
         for name, other in result.get(kind, {}).items():
-            if "error" not in other:
+            if not not_measured(other):
                 table.add_row(name, *(f"{getattr(other['median'], key):.0f}" for key in _RATES))
                 table.add_row(label.format(name), *(f"{other['ratio'][key]:.2f}" for key in _RATES))
     return table

@@ -182,8 +182,8 @@ def _line(name: str, part: object) -> str:
         lines = [f"decode {part['decode_tokens_per_s']:.0f}, prefill {part['prefill_tokens_per_s']:.0f} tokens/s"]
         for kind, label in (("points", "{}: decode {:.2f} × ours without"), ("peers", "decode {1:.2f} × {0}")):
             for other, figures in part.get(kind, {}).items():
-                if "error" in figures:
-                    lines.append(f"{other}: {figures['error'].splitlines()[0]}")
+                if reason := engine.not_measured(figures):
+                    lines.append(f"{other}: {reason.splitlines()[0]}")
                 else:
                     lines.append(label.format(other, figures["ratio"]["decode_tokens_per_s"]))
         return "\n".join(lines)

@@ -118,7 +118,7 @@ def test_spent_budget_stops_before_the_next_case_and_keeps_what_there_is():
     report = next(reports)
     for _ in reports:
         now[0] += 1.0
-    assert len(report.cases) == 9 and not report.complete
+    assert len(report.cases) == 10 and not report.complete
     assert all(case.correct and case.time_us is None for case in report.cases)
 
 

@@ -310,12 +310,23 @@ def rates_table(result: dict, checkpoint: str) -> Table:
     table.add_column("")
     for name in ("prefill", "decode", "output"):
         table.add_column(name, justify="right")
-    table.add_row(OURS, *(f"{result[key]:.0f}" for key in _RATES))
-    for kind, label in (("points", "{} / ours"), ("peers", "ours / {}")):
-        for name, other in result.get(kind, {}).items():
-            if not not_measured(other):
-                table.add_row(name, *(f"{getattr(other['median'], key):.0f}" for key in _RATES))
-                table.add_row(label.format(name), *(f"{other['ratio'][key]:.2f}" for key in _RATES))
+    points = result.get("points", {})
+    if points:  # what explains their speed: active slots per layer, share of assignments that united experts served
+        table.add_column("slots", justify="right")
+        table.add_column("united", justify="right")
+
+    def slots(figures: dict) -> list[str]:
+        return [f"{figures['active_slots_per_layer']:.1f}", f"{figures['united_share']:.0%}"] if points else []
+
+    table.add_row(OURS, *(f"{result[key]:.0f}" for key in _RATES), *slots(result))
+    for name, point in points.items():
+        if not not_measured(point):
+            table.add_row(name, *(f"{getattr(point['median'], key):.0f}" for key in _RATES), *slots(point))
+            table.add_row(f"{name} / {OURS}", *(f"{point['ratio'][key]:.2f}" for key in _RATES))
+    for name, peer in result.get("peers", {}).items():
+        if not not_measured(peer):
+            table.add_row(name, *(f"{getattr(peer['median'], key):.0f}" for key in _RATES))
+            table.add_row(f"{OURS} / {name}", *(f"{peer['ratio'][key]:.2f}" for key in _RATES))
     return table
 
 

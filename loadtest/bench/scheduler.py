@@ -47,9 +47,12 @@ class HostCost(msgspec.Struct, kw_only=True):
     share_of_step: float
     #: The same with what follows sampling: ends of sequences, events.
     host_us: float
+    #: The whole step, with the sampling of few logits: median and, for pauses such as garbage collection, maximum.
+    step_us: float
+    step_worst_us: float
 
     @classmethod
-    def of(cls, times: StepTimes) -> HostCost:
+    def of(cls, times: StepTimes, worst: StepTimes) -> HostCost:
         names = (SCHEDULING, BATCH, BOOKING, SAMPLING, EMIT)
         parts = {name: times.parts.get(name, 0.0) * 1e6 for name in names}
         cost = parts[SCHEDULING] + parts[BATCH] + parts[BOOKING]
@@ -59,6 +62,8 @@ class HostCost(msgspec.Struct, kw_only=True):
             scheduler_and_batch_us=cost,
             share_of_step=cost / (STEP_MS * 1e3),
             host_us=cost + parts[EMIT],
+            step_us=times.step_s * 1e6,
+            step_worst_us=worst.step_s * 1e6,
         )
 
 
@@ -173,9 +178,10 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
         with times.attached():
             for _ in range(measured):
                 times.step()
-    summary = times.summary(skip=_WARM_UP_STEPS, average=statistics.median)
-    assert summary is not None
-    return HostCost.of(summary)
+    medians = times.summary(skip=_WARM_UP_STEPS, average=statistics.median)
+    worst = times.summary(skip=_WARM_UP_STEPS, average=max)
+    assert medians is not None and worst is not None
+    return HostCost.of(medians, worst)
 
 
 def sampling_s(rows: int, vocab: int, params: SamplingParams) -> float:
@@ -213,6 +219,7 @@ def table(report: SchedulerReport) -> Table:
                 row(f"{name}: {part}", cost.parts_us[part])
             row(f"{name}: scheduler and batch", cost.scheduler_and_batch_us, "bold")
             row(f"{name}: {EMIT}", cost.parts_us[EMIT])
+            row(f"{name}: worst step", cost.step_worst_us)
             made.add_section()
     for name, microseconds in report.sampling_us.items():
         row(f"sampling, {name}, {report.vocab} logits", microseconds)

@@ -6,6 +6,8 @@ import os
 
 from peer_protocol import Generate, serve
 
+_GPU_SHARE = 0.45
+
 
 def load(command: dict) -> Generate:
     """Load the checkpoint; what is set in the environment already wins over what is chosen here."""
@@ -17,6 +19,8 @@ def load(command: dict) -> Generate:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM, SamplingParams
 
+    # On a GPU ours has its share of the memory, too.
+    share = {"gpu_memory_utilization": _GPU_SHARE} if command["device"] == "cuda" else {}
     llm = LLM(
         model=command["checkpoint"],
         dtype=command["dtype"],
@@ -26,6 +30,7 @@ def load(command: dict) -> Generate:
         # Prompts are token ids and no text is wanted, so the checkpoint needs no tokenizer.
         skip_tokenizer_init=True,
         seed=0,
+        **share,
     )
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:

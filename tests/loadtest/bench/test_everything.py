@@ -31,8 +31,13 @@ def quick_parts(monkeypatch):
         "measure",
         lambda **_: report(scheduler.SchedulerReport, running=1, waiting=1, prompt_tokens=1, vocab=1),
     )
-    point = {"ratio": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 1.5, "output_tokens_per_s": 1.4}}
-    measured = {**RATES, "points": {"8-way": {"error": "not loaded"}, "4-way": {**point, "median": RatesLike()}}}
+    slots = {"active_slots_per_layer": 1.0, "united_share": 0.0}
+    point = {**slots, "ratio": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 1.5, "output_tokens_per_s": 1.4}}
+    measured = {
+        **RATES,
+        **slots,
+        "points": {"8-way": {"error": "not loaded"}, "4-way": {**point, "median": RatesLike()}},
+    }
     monkeypatch.setattr(engine, "run", lambda *, write, **_: (write(measured), measured)[1])
     monkeypatch.setattr(server, "run", no_server)
 

@@ -199,9 +199,9 @@ def show(report: KernelReport, console: Console, path: Path | None) -> None:
 
 def table(report: KernelReport) -> Table:
     made = Table(
-        title="Time of each kernel; floor: the larger of bytes / bandwidth (m) and FLOPs / matrix product rate (c)",
+        title="Kernels; floor: the larger of bytes / bandwidth (m) and FLOPs / matrix product rate (c)",
         box=box.SIMPLE,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for name in ("kernel", "case"):
         made.add_column(name, no_wrap=True)
@@ -215,8 +215,12 @@ def table(report: KernelReport) -> Table:
             made.add_row(f"[bold]{shape}[/bold]", f"[bold]{result.dtype}[/bold]")
         timed = ("", "", "")
         if result.time_us is not None and result.floor_us is not None and result.share_of_floor is not None:
-            floor = f"{result.floor_us:.1f} {str(result.bound)[0]}"
-            timed = (f"{result.time_us:.1f}", floor, f"{result.share_of_floor:.0%}")
+            floor = f"{_microseconds(result.floor_us)} {str(result.bound)[0]}"
+            timed = (_microseconds(result.time_us), floor, f"{result.share_of_floor:.0%}")
         error = f"{result.error:.0e}" if result.correct else f"[red]{result.error:.0e} WRONG[/red]"
         made.add_row(result.kernel.removesuffix("_forward"), result.case, error, *timed)
     return made
+
+
+def _microseconds(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:.0f}"

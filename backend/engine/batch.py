@@ -7,10 +7,11 @@ from array import array
 import numpy as np
 import torch
 
+from backend.engine.request import Sequence
 from backend.engine.scheduler import Schedule
 from backend.models.forward_batch import ForwardBatch
 
-_NEVER = 2  # added to a token's class when its request is never browned out
+_NEVER = 2  # added to a token's class when its request is never browned out; see TOKEN_CLASSES
 
 
 def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> ForwardBatch:
@@ -45,7 +46,7 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
     # A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill.
     prompts = np.array([sequence.num_prompt for sequence in sequences])
     classes = ((counts == 1) & (starts >= prompts)).astype(np.int8)
-    never = [i for i, sequence in enumerate(sequences) if sequence.request.params.brownout == "never"]
+    never = [i for i, sequence in enumerate(sequences) if sequence.never_browned]
     if never:
         classes[never] += _NEVER
     known = np.array([len(sequence.tokens) for sequence in sequences])
@@ -67,3 +68,9 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
         query_lens=num_tokens,
         context_lens_host=context_lens.tolist(),
     )
+
+
+def class_of(sequence: Sequence, count: int) -> int:
+    """Token class (index into TOKEN_CLASSES) of the next `count` tokens of a sequence."""
+    decode = count == 1 and sequence.num_computed >= sequence.num_prompt
+    return (_NEVER if sequence.never_browned else 0) + decode

@@ -22,12 +22,14 @@ from loadtest.bench.memory import Growth, Memory, peak_bytes
 from loadtest.bench.our_engine import AtSettings, OurEngine
 from loadtest.bench.parts import StepTimes
 from loadtest.bench.peer_process import PeerProcess, PeerSpec, peer_spec
-from loadtest.bench.peers import Peer, Run, TransformersPeer, export_shape, tokens_equal
+from loadtest.bench.peers import Peer, Run, TransformersPeer, export_shape, export_united, tokens_equal
 from loadtest.bench.workload import Rates, Workload, machine, write_json
 
 HELP = "the engine alone, with or without peers"
 _RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
 OURS = "ours"
+#: Way of a shape's seeded united experts if none is asked for.
+_SHAPE_WAY = 8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold-prefill", type=float, default=1.0, help="share of assignments kept (default 1)")
     parser.add_argument("--threshold-decode", type=float, default=1.0, help="share of assignments kept (default 1)")
     parser.add_argument("--mechanism", choices=MECHANISMS, default="united", help="what is done with the others")
-    parser.add_argument("--way", type=int, default=0, help="experts per united expert (default: the most there are)")
+    parser.add_argument(
+        "--way", type=int, default=0, help="experts per united expert (default: the most there are; 8 for a shape)"
+    )
     add_peer(parser)
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes")
     parser.add_argument("--steps", type=options.positive, help="watch resident memory over this many further steps")
@@ -115,16 +119,22 @@ def run(
     budget = budget or Budget()
     with contextlib.ExitStack() as stack:
         exported = bool(peers) and checkpoint.startswith(PREFIX)
+        united, similarity = _for_dummy(checkpoint, [settings, *(points or {}).values()])
         loaded = checkpoint
         if exported:
             # Peers read files: seeded weights are written once, and everyone loads them from there.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
             loaded = str(export_shape(checkpoint, folder, dtype))
+            for way in filter(None, united.split(",")):
+                export_united(folder, int(way))
+            united = ""
         config = EngineConfig(
             checkpoint=loaded,
             routing=routing,
             device=device,
             dtype=dtype,
+            united=united,
+            similarity=similarity,
             max_model_len=work.prompt_tokens + work.new_tokens,
             max_running=max(256, work.requests),
             max_waiting=max(1024, work.requests),
@@ -133,7 +143,13 @@ def run(
         prompts = work.prompts(ours.engine.vocab_size)
         base = AtSettings(ours, settings)
         result: dict = {
-            "settings": {**asdict(settings), "checkpoint": checkpoint, "routing": routing, "dtype": dtype}
+            "settings": {
+                **asdict(settings),
+                "way": ours.engine.available.way_of(settings),
+                "checkpoint": checkpoint,
+                "routing": routing,
+                "dtype": dtype,
+            }
             | {"device": str(ours.device)},
             "workload": work,
             "machine": machine(),
@@ -171,6 +187,15 @@ def run(
             result["memory_growth"] = ours.growth(work, steps)
             write(result)
     return result
+
+
+def _for_dummy(checkpoint: str, points: list[Settings]) -> tuple[str, str]:
+    """Parameters `united` and `similarity` with which a dummy has what these settings need; a checkpoint has its own files."""
+    if not checkpoint.startswith(PREFIX):
+        return "", ""
+    ways = sorted({point.way or _SHAPE_WAY for point in points if point.dims and point.mechanism == "united"})
+    reroutes = any(point.dims and point.mechanism == "reroute" for point in points)
+    return ",".join(map(str, ways)), "seeded" if reroutes else ""
 
 
 def _peer(
@@ -247,11 +272,12 @@ def _figures(
     return figures
 
 
-def _slots(point: AtSettings) -> dict[str, float]:
+def _slots(point: AtSettings) -> dict:
     return {
-        "active_slots_per_layer": point.active_slots,
-        "assignments_per_token": point.assignments_per_token,
-        "united_share": point.united_share,
+        "active_slots_per_layer": point.stats.active_slots,
+        "active_slots_by_layer": point.stats.active_slots_by_layer,
+        "assignments_per_token": point.stats.assignments_per_token,
+        "united_share": point.stats.united_share,
     }
 
 

@@ -92,10 +92,21 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, renor
     return Cost(hidden.nbytes + weight.nbytes + hidden.shape[0] * top_k * 12, 2 * hidden.shape[0] * weight.numel())
 
 
+def router_scores(hidden: Tensor, weight: Tensor, *rest: object) -> Cost:
+    """The router's product; the output is a float32 probability for each expert."""
+    del rest
+    return Cost(
+        hidden.nbytes + weight.nbytes + hidden.shape[0] * weight.shape[0] * 4, 2 * hidden.shape[0] * weight.numel()
+    )
+
+
 def remap_experts(experts: Tensor, weights: Tensor, expert_slots: Tensor, *rest: object) -> Cost:
     """Assignments in and out."""
     del rest
     return Cost(2 * (experts.nbytes + weights.nbytes) + expert_slots.nbytes)
+
+
+select_experts = remap_experts
 
 
 def sample(logits: Tensor, rows: Sequence[object]) -> Cost:

@@ -29,7 +29,7 @@ class OurEngine:
         self.device = self.engine.runner.device
         self._before_bytes = 0 if self.device.type == "cuda" else before
         #: Of the step half-way through the last run, when all requests decode.
-        self.active_slots = self.assignments_per_token = self.united_share = 0.0
+        self.stats = self.engine.stats()
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         """Complete all prompts greedily, from handing them over to the last token; nothing is cached from earlier runs."""
@@ -43,9 +43,7 @@ class OurEngine:
             for event in self.engine.step():
                 made += _take(event, tokens)
             if before < half <= made:
-                stats = self.engine.stats()
-                self.active_slots, self.assignments_per_token = stats.active_slots, stats.assignments_per_token
-                self.united_share = stats.united_share
+                self.stats = self.engine.stats()
         elapsed = time.perf_counter() - started
         if made != len(prompts) * new_tokens:
             raise RuntimeError(f"{made} tokens were made instead of {len(prompts) * new_tokens}")
@@ -55,7 +53,9 @@ class OurEngine:
         """Peak memory since this engine was made."""
         runner = self.engine.runner
         pool = sum(tensor.nbytes for tensor in (*runner.kv_cache.k, *runner.kv_cache.v))
-        return Memory.of(peak_bytes(self.device), self._before_bytes, runner.model.weight_bytes(), pool)
+        return Memory.of(
+            peak_bytes(self.device), self._before_bytes, runner.model.weight_bytes() + runner.model.united_bytes(), pool
+        )
 
     def profile(self, prompts: list[list[int]], new_tokens: int) -> dict[str, StepTimes]:
         """Where the time of a prefill step and of a decode step goes."""
@@ -108,13 +108,12 @@ class AtSettings:
         """Raises ConfigError if the engine cannot be set so."""
         ours.engine.set_settings(settings)
         self.ours, self.settings = ours, settings
-        self.active_slots = self.assignments_per_token = self.united_share = 0.0
+        self.stats = ours.stats
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         self.ours.engine.set_settings(self.settings)
         run = self.ours.run(prompts, new_tokens)
-        self.active_slots, self.assignments_per_token = self.ours.active_slots, self.ours.assignments_per_token
-        self.united_share = self.ours.united_share
+        self.stats = self.ours.stats
         return run
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import InvalidRequestError
@@ -35,6 +36,14 @@ def test_stop_string_ends_a_sequence(llm):
     assert not llm.engine.has_work
 
 
+def test_completions_tell_the_share_of_united_experts():
+    llm = LLM("dummy:tiny", max_model_len=128, kv_cache_blocks=64, united="8")
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    assert [c.united_share for (c,) in llm.generate(["some words", "and others"], greedy)] == [0.0, 0.0]
+    llm.set_settings(Settings(version=1, threshold_prefill=0.0, threshold_decode=0.0))
+    assert all(0.5 < c.united_share <= 1 for (c,) in llm.generate(["new words", "in any case"], greedy))
+
+
 def test_abandoned_stream_leaves_nothing_behind(llm):
     stream = llm.stream(["Hello", "there"], SamplingParams(max_tokens=50, ignore_eos=True))
     next(stream)
@@ -48,3 +57,14 @@ def test_one_unusable_prompt_stops_the_call_before_anything_runs(llm):
     with pytest.raises(InvalidRequestError, match="temperature"):
         llm.generate(["fine"], SamplingParams(temperature=-1))
     assert not llm.engine.has_work
+
+
+def test_widened_experts_change_no_token(llm):
+    prompts = ["Once upon a time", "there was", [5, 6, 7]]
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    wide = LLM("dummy:tiny", max_model_len=128, kv_cache_blocks=64, widen_experts=4)
+    found = wide.generate(prompts, params)
+    assert [c[0].token_ids for c in found] == [c[0].token_ids for c in llm.generate(prompts, params)]
+    narrow, wider = llm.engine.runner.model, wide.engine.runner.model
+    experts = sum(layer.moe.experts.w13.nbytes + layer.moe.experts.w2.nbytes for layer in narrow.layers)
+    assert wider.weight_bytes() - narrow.weight_bytes() == 3 * experts

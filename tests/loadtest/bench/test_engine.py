@@ -83,3 +83,15 @@ def test_refused_settings_are_reported_and_the_rest_is_measured(monkeypatch):
     assert result["points"]["8-way"] == {"error": "no united experts of way 8 are loaded"}
     assert result["points"]["half"]["settings"]["threshold_decode"] == 0.5
     assert len(result["points"]["half"]["runs"]) == 1 and result["decode_tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("peer", [[], ["--peer", "transformers"]], ids=["alone", "beside-a-peer"])
+def test_brownout_points_say_what_was_served(tmp_path, peer):
+    path = tmp_path / "bench.json"
+    arguments = ["engine", "--shape", "tiny", "--requests", "8", "--prompt-tokens", "8", "--new-tokens", "6", *peer]
+    arguments += ["--threshold-prefill", "0", "--threshold-decode", "0", "--way", "4", "--dtype", "float32"]
+    assert main([*arguments, "--runs", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["active_slots_by_layer"] == [2, 2] and result["active_slots_per_layer"] == 2
+    assert result["united_share"] == 1 and 1 <= result["assignments_per_token"] < 2
+    assert result["settings"]["way"] == 4 and result["settings"]["mechanism"] == "united"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from array import array
 
 import numpy as np
 import torch
@@ -19,56 +19,58 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
 
     Logits are wanted for the last token of each sequence whose known tokens are all computed by this step.
     """
-    num_tokens = schedule.num_tokens
-    total = sum(num_tokens)
-    token_ids: list[int] = []
-    positions = np.empty(total, np.int64)
-    token_class = np.empty(total, np.int8)
-    context_lens: list[int] = []
-    logit_rows: list[int] = []
-    block_tables = np.zeros((len(num_tokens), max(len(s.blocks) for s in schedule.sequences)), np.int32)
-    query_start = [0, *accumulate(num_tokens)]
-    kv_slots = np.empty(total, np.int64)
-    for i, (sequence, count) in enumerate(zip(schedule.sequences, num_tokens, strict=True)):
-        start, row = sequence.num_computed, query_start[i]
-        token_ids.extend(sequence.tokens[start : start + count])
-        context_lens.append(start + count)
-        token_class[row : row + count] = class_of(sequence, count)
-        blocks = np.frombuffer(sequence.blocks, np.int32)
-        block_tables[i, : len(blocks)] = blocks
-        if count == 1:
-            positions[row] = start
-            kv_slots[row] = int(blocks[start // block_size]) * block_size + start % block_size
-        else:
-            span = np.arange(start, start + count)
-            positions[row : row + count] = span
-            kv_slots[row : row + count] = blocks[span // block_size].astype(np.int64) * block_size + span % block_size
-        if start + count == len(sequence.tokens):
-            logit_rows.append(row + count - 1)
+    sequences, num_tokens = schedule.sequences, schedule.num_tokens
+    num_decodes = schedule.num_decodes
+    counts = np.array(num_tokens)
+    starts = np.array([sequence.num_computed for sequence in sequences])
+    query_start = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    context_lens = starts + counts
+
+    token_ids = [sequence.tokens[sequence.num_computed] for sequence in sequences[:num_decodes]]
+    for sequence, count in zip(sequences[num_decodes:], num_tokens[num_decodes:], strict=True):
+        token_ids += sequence.tokens[sequence.num_computed : sequence.num_computed + count]
+
+    # All tables end to end, then each to the beginning of its row.
+    lengths = np.array([len(sequence.blocks) for sequence in sequences])
+    blocks = array("i")
+    for sequence in sequences:
+        blocks.extend(sequence.blocks)
+    block_tables = np.zeros((len(sequences), int(lengths.max())), np.int32)
+    block_tables[np.arange(block_tables.shape[1]) < lengths[:, None]] = blocks
+
+    rows = np.repeat(np.arange(len(sequences)), counts)  # [T] the sequence of each token
+    positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
+    kv_slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
+
+    # A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill.
+    prompts = np.array([sequence.num_prompt for sequence in sequences])
+    classes = ((counts == 1) & (starts >= prompts)).astype(np.int8)
+    never = [i for i, sequence in enumerate(sequences) if sequence.never_browned]
+    if never:
+        classes[never] += _NEVER
+    known = np.array([len(sequence.tokens) for sequence in sequences])
+    logit_rows = query_start[1:][context_lens == known] - 1
 
     def on_device(values: object, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     return ForwardBatch(
-        token_ids=on_device(token_ids, torch.int64),
+        token_ids=on_device(np.array(token_ids), torch.int64),
         positions=on_device(positions, torch.int64),
         kv_slots=on_device(kv_slots, torch.int64),
         query_start=on_device(query_start, torch.int32),
         context_lens=on_device(context_lens, torch.int32),
         block_tables=on_device(block_tables, torch.int32),
         logit_rows=on_device(logit_rows, torch.int64),
-        token_class=on_device(token_class, torch.int8),
-        num_decodes=schedule.num_decodes,
+        token_class=on_device(classes[rows], torch.int8),
+        num_decodes=num_decodes,
         query_lens=num_tokens,
-        context_lens_host=context_lens,
+        context_lens_host=context_lens.tolist(),
     )
 
 
 def class_of(sequence: Sequence, count: int) -> int:
     """Token class (index into TOKEN_CLASSES) of the next `count` tokens of a sequence."""
-    return (_NEVER if sequence.never_browned else 0) + is_decode(sequence, count)
-
-
-def is_decode(sequence: Sequence, count: int) -> bool:
-    """A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill."""
-    return count == 1 and sequence.num_computed >= sequence.num_prompt
+    decode = count == 1 and sequence.num_computed >= sequence.num_prompt
+    return (_NEVER if sequence.never_browned else 0) + decode

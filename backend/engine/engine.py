@@ -67,8 +67,6 @@ class Engine:
         self.vocab_size = self.runner.model.config.vocab_size
         self.eos_token_ids = tuple(self.runner.model.config.eos_token_ids)
         self.settings = Settings()
-        #: For each token class whether its tokens may have experts replaced.
-        self._browned_classes = tuple(theta < 1.0 for theta in self.settings.by_class())
         #: Assignments of one token in all layers.
         model_config = self.runner.model.config
         self._assignments = max(1, sum(model_config.moe_layers)) * model_config.top_k
@@ -133,7 +131,6 @@ class Engine:
         """
         self.runner.apply(settings)
         self.settings = settings
-        self._browned_classes = tuple(theta < 1.0 for theta in settings.by_class())
 
     @property
     def available(self) -> Available:
@@ -174,16 +171,18 @@ class Engine:
         """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""
         ready = []
         pristine = self._book_replaced(schedule)
+        computed = self.scheduler.computed
         for sequence, count, untouched in zip(schedule.sequences, schedule.num_tokens, pristine, strict=True):
-            request = sequence.request
-            self._not_started.discard(request.request_id)
             sequence.num_run += count
-            self.scheduler.computed(sequence, count, untouched)
-            if sequence.prompt_computed and not request.siblings_started:
-                request.siblings_started = True
-                for sibling in request.sequences[1:]:
-                    if not sibling.finished:
-                        self.scheduler.add(sibling)
+            computed(sequence, count, untouched)
+            request = sequence.request
+            if not request.siblings_started:
+                self._not_started.discard(request.request_id)
+                if sequence.prompt_computed:
+                    request.siblings_started = True
+                    for sibling in request.sequences[1:]:
+                        if not sibling.finished:
+                            self.scheduler.add(sibling)
             if sequence.num_computed == len(sequence.tokens):
                 ready.append(sequence)
         return ready
@@ -193,7 +192,8 @@ class Engine:
 
         With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
         """
-        if not any(self._browned_classes):
+        browned = self.runner.browned_classes
+        if not any(browned):
             self._united_share = 0.0
             return [True] * len(schedule.sequences)
         pristine, total = [], 0
@@ -201,19 +201,20 @@ class Engine:
         for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
             sequence.num_replaced += num_replaced
             total += num_replaced
-            pristine.append(not self._browned_classes[class_of(sequence, count)])
+            pristine.append(not browned[class_of(sequence, count)])
         self._united_share = total / (sum(schedule.num_tokens) * self._assignments)
         return pristine
 
     def _sample_row(self, sequence: Sequence) -> SampleRow:
         params = sequence.request.params
+        position = len(sequence.tokens) - sequence.num_prompt
         return SampleRow(
-            params=params,
-            seed=sequence.seed,
-            position=sequence.num_output,
-            prompt_ids=sequence.request.prompt_ids,
-            output_ids=sequence.tokens[sequence.num_prompt :] if _reads_output(params) else (),
-            eos_token_ids=self.eos_token_ids if sequence.num_output < params.min_tokens else (),
+            params,
+            sequence.seed,
+            position,
+            sequence.request.prompt_ids,
+            sequence.tokens[sequence.num_prompt :] if _reads_output(params) else (),
+            self.eos_token_ids if position < params.min_tokens else (),
         )
 
     def _emit(self, sequence: Sequence, sampled: Sampled) -> Event:

@@ -37,6 +37,8 @@ def penalised(x: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     The repetition penalty looks at prompt and output, presence and frequency penalty at the output only (as in vLLM and
     the OpenAI API). Until min_tokens are made, the tokens that would end the sequence have no probability.
     """
+    if not any(_changes(row) for row in rows):
+        return x
     vocab = x.shape[1]
     changes = [(_repetition, _seen(rows, vocab)), (_presence_frequency, _counted(rows, vocab))]
     ends = _ends(rows, vocab)
@@ -50,6 +52,16 @@ def penalised(x: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     if ends:
         flat.index_fill_(0, torch.tensor(ends).to(x.device, non_blocking=True), -torch.inf)
     return flat.view_as(x)
+
+
+def _changes(row: SampleRow) -> bool:
+    params = row.params
+    return (
+        row.position < params.min_tokens
+        or params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+    )
 
 
 def _repetition(values: Tensor, terms: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.engine.nucleus import sample_filtered
 from backend.engine.penalties import SampleRow, penalised
 from backend.engine.sampling_params import SamplingParams
 
@@ -74,7 +73,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} descriptions")
     groups: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(_kind(row.params, logits.shape[1]), []).append(index)
+        groups.setdefault(_kind(row.params, logits), []).append(index)
     order: list[int] = []
     chosen: list[Tensor] = [logits.new_empty(0, dtype=torch.int64)]
     for kind, members in groups.items():
@@ -109,10 +108,12 @@ def _mix(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def _kind(params: SamplingParams, vocab: int) -> int:
+def _kind(params: SamplingParams, logits: Tensor) -> int:
     if params.greedy:
         return _GREEDY
-    if 0 < params.top_k <= min(SMALL_TOP_K, vocab):
+    vocab = logits.shape[1]
+    # Small rows on a CPU are filtered whole sooner than their best chunks are found.
+    if 0 < params.top_k <= min(SMALL_TOP_K, vocab) and (vocab > LARGE_VOCABULARY or logits.device.type != "cpu"):
         return _TOP_K
     if 0 < params.top_k < vocab or params.top_p < 1 or params.min_p > 0:
         return _FILTERED
@@ -288,9 +289,12 @@ def _sample_filtered(x: Tensor, maxima: Tensor, best: Tensor, *columns: Tensor) 
         tokens, enough = _sample_prefix(*_best_tokens(x, maxima, MANY_CANDIDATES), mass, *columns)
     else:
         tokens, enough = torch.zeros_like(best, dtype=torch.int64), torch.zeros_like(best, dtype=torch.bool)
-    for g in (~enough & best.isfinite()).flatten().nonzero().flatten().tolist():
-        u, _, top_k, top_p, min_p = (column[g].item() for column in columns)
-        tokens[g] = sample_filtered(weights[g].numpy(), u, int(top_k), top_p, min_p)
+    rows = (~enough & best.isfinite()).flatten().nonzero().flatten()
+    if len(rows):
+        from backend.kernels.cpu.nucleus import sample_rows  # not at the top: a GPU needs no compiler for a CPU
+
+        u, _, *filters = (column.flatten().numpy() for column in columns)
+        tokens[rows, 0] = torch.from_numpy(sample_rows(weights.numpy(), rows.numpy(), u, *filters))
     return tokens
 
 

@@ -69,10 +69,12 @@ class Scheduler:
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         num_preemptions = self.num_preemptions
+        block_size = self.blocks.block_size
         for sequence in list(self.running):
-            # Preemption takes sequences from the end, so it never takes one that this loop has passed.
-            if sequence.blocks and self._grow(sequence):
-                (decodes if len(sequence.tokens) - sequence.num_computed == 1 else prefills).append(sequence)
+            num_known, num_blocks = len(sequence.tokens), len(sequence.blocks)
+            # Preemption takes sequences from the end, so it never takes one that this loop has passed; it takes all blocks.
+            if num_blocks and (num_known <= num_blocks * block_size or self._grow(sequence)):
+                (decodes if num_known - sequence.num_computed == 1 else prefills).append(sequence)
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
         for sequence in prefills:
@@ -99,11 +101,12 @@ class Scheduler:
 
         `pristine`: brownout replaced none of their experts.
         """
-        sequence.num_computed += num_tokens
+        num_computed = sequence.num_computed = sequence.num_computed + num_tokens
         sequence.pristine = sequence.pristine and pristine
-        num_full = sequence.num_computed // self.blocks.block_size
-        if num_full > sequence.num_published:
-            chain_hashes(sequence.tokens, self.blocks.block_size, sequence.hashes)
+        block_size = self.blocks.block_size
+        if num_computed >= (sequence.num_published + 1) * block_size:
+            num_full = num_computed // block_size
+            chain_hashes(sequence.tokens, block_size, sequence.hashes)
             for i in range(sequence.num_published, num_full):
                 self.blocks.publish(sequence.blocks[i], sequence.hashes[i], sequence.pristine)
             sequence.num_published = num_full

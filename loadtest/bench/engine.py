@@ -1,53 +1,98 @@
-"""Engine alone, beside transformers on the same checkpoint and prompts."""
+"""Engine alone, beside other engines on the same checkpoint and prompts."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import tempfile
-import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from rich.console import Console
+from rich.table import Table
 
-from backend.brownout.settings import Settings
+from backend.brownout.settings import MECHANISMS, Settings
 from backend.config import EngineConfig
-from backend.engine.engine import Engine
-from backend.engine.request import Request, TokenOutput
-from backend.engine.sampling_params import SamplingParams
+from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
-from loadtest.bench.peers import TransformersPeer, export_shape, export_united
-from loadtest.bench.workload import Rates, Workload, machine, peak_memory_bytes
+from loadtest.bench import options
+from loadtest.bench.budget import Budget
+from loadtest.bench.memory import Growth, Memory, peak_bytes
+from loadtest.bench.our_engine import AtSettings, OurEngine
+from loadtest.bench.parts import StepTimes
+from loadtest.bench.peer_process import PeerProcess, PeerSpec, peer_spec
+from loadtest.bench.peers import Peer, Run, TransformersPeer, export_shape, export_united, tokens_equal
+from loadtest.bench.workload import Rates, Workload, machine, write_json
 
+HELP = "the engine alone, with or without peers"
+_RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
+OURS = "ours"
 #: Way of a shape's seeded united experts if none is asked for.
 _SHAPE_WAY = 8
 
 
-class OurEngine:
-    """The product's engine as the benchmark drives it."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_workload(parser)
+    options.add_place(parser)
+    parser.add_argument("--routing", default="uniform", help="expert skew of a shape: uniform or zipf:S")
+    parser.add_argument("--threshold-prefill", type=float, default=1.0, help="share of assignments kept (default 1)")
+    parser.add_argument("--threshold-decode", type=float, default=1.0, help="share of assignments kept (default 1)")
+    parser.add_argument("--mechanism", choices=MECHANISMS, default="united", help="what is done with the others")
+    parser.add_argument(
+        "--way", type=int, default=0, help="experts per united expert (default: the most there are; 8 for a shape)"
+    )
+    add_peer(parser)
+    parser.add_argument("--profile", action="store_true", help="say where the time of a step goes")
+    parser.add_argument("--steps", type=options.positive, help="watch resident memory over this many further steps")
+    options.add_runs(parser, 3)
+    options.add_budget(parser)
+    options.add_output(parser)
 
-    def __init__(self, config: EngineConfig, settings: Settings) -> None:
-        self.engine = Engine(config)
-        self.engine.set_settings(settings)
-        #: Of the step half-way through the last run, when all requests decode.
-        self.stats = self.engine.stats()
 
-    def time_s(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """Seconds from handing over all prompts to the last token. No prompt is cached from an earlier run."""
-        self.engine.blocks.clear_cache()
-        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        started = time.perf_counter()
-        for number, prompt in enumerate(prompts):
-            self.engine.add(Request(number, prompt, params))
-        tokens, half = 0, len(prompts) * new_tokens // 2
-        while self.engine.has_work:
-            made = sum(isinstance(event, TokenOutput) for event in self.engine.step())
-            if tokens < half <= tokens + made:
-                self.stats = self.engine.stats()
-            tokens += made
-        elapsed = time.perf_counter() - started
-        if tokens != len(prompts) * new_tokens:
-            raise RuntimeError(f"{tokens} tokens were made instead of {len(prompts) * new_tokens}")
-        return elapsed
+def add_peer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer",
+        action="append",
+        type=peer_spec,
+        default=[],
+        metavar="transformers | vllm=PYTHON",
+        help="measure this engine in turn; PYTHON is the interpreter of an environment that has it",
+    )
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    settings = Settings(
+        threshold_prefill=args.threshold_prefill,
+        threshold_decode=args.threshold_decode,
+        mechanism=args.mechanism,
+        way=args.way,
+    )
+    checkpoint = options.checkpoint_of(args)
+    with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
+        result = run(
+            checkpoint=checkpoint,
+            work=options.workload_of(args),
+            settings=settings,
+            device=args.device,
+            dtype=args.dtype,
+            routing=args.routing,
+            runs=args.runs,
+            peers=args.peer,
+            profile=args.profile,
+            steps=args.steps,
+            budget=Budget(args.budget),
+            write=(lambda partial: write_json(args.json, partial)) if args.json else _drop,
+        )
+    show(result, checkpoint, console)
+    if args.json:
+        console.print(f"Wrote {args.json}.")
+    return 1 if any("error" in peer for peer in result.get("peers", {}).values()) else 0
+
+
+def _drop(_: dict) -> None:
+    pass
 
 
 def run(
@@ -57,25 +102,34 @@ def run(
     settings: Settings,
     device: str,
     dtype: str,
-    routing: str,
+    routing: str = "uniform",
     runs: int,
-    peers: list[str],
-) -> dict[str, object]:
-    """Measure ours and the peers in turn, run by run; returns the result as written to JSON."""
+    peers: Sequence[PeerSpec] = (),
+    points: Mapping[str, Settings] | None = None,
+    profile: bool = False,
+    steps: int | None = None,
+    budget: Budget | None = None,
+    write: Callable[[dict], None] = _drop,
+) -> dict:
+    """Measure ours, further points of its settings and the peers in turn, run by run.
+
+    A peer that fails, or a point that the engine refuses, is reported with the reason and the rest goes on. At least one run is
+    measured, further ones while the budget lasts. `write` is called with the growing result, which is returned in the end.
+    """
+    budget = budget or Budget()
     with contextlib.ExitStack() as stack:
-        united = similarity = ""
-        if checkpoint.startswith(PREFIX) and settings.dims:
-            united = str(settings.way or _SHAPE_WAY)
-            similarity = "seeded" if settings.mechanism == "reroute" else ""
-        if peers and checkpoint.startswith(PREFIX):
+        exported = bool(peers) and checkpoint.startswith(PREFIX)
+        united, similarity = _for_dummy(checkpoint, [settings, *(points or {}).values()])
+        loaded = checkpoint
+        if exported:
             # Peers read files: seeded weights are written once, and everyone loads them from there.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-            checkpoint = str(export_shape(checkpoint, folder, dtype))
-            if united:
-                export_united(folder, int(united))
-                united = ""
+            loaded = str(export_shape(checkpoint, folder, dtype))
+            for way in filter(None, united.split(",")):
+                export_united(folder, int(way))
+            united = ""
         config = EngineConfig(
-            checkpoint=checkpoint,
+            checkpoint=loaded,
             routing=routing,
             device=device,
             dtype=dtype,
@@ -85,42 +139,238 @@ def run(
             max_running=max(256, work.requests),
             max_waiting=max(1024, work.requests),
         )
-        ours = OurEngine(config, settings)
-        engines: dict[str, object] = {"ours": ours}
-        for peer in peers:
-            engines[peer] = TransformersPeer(checkpoint, ours.engine.runner.device, dtype)
+        ours = OurEngine(config)
         prompts = work.prompts(ours.engine.vocab_size)
-        measured: dict[str, list[Rates]] = {name: [] for name in engines}
-        for number in range(runs + 1):
-            for name, engine in engines.items():
-                first_s = engine.time_s(prompts, 1)
-                all_s = engine.time_s(prompts, work.new_tokens)
-                if number:  # the first round warms up
-                    measured[name].append(Rates.of(work, first_s, all_s))
-    result: dict[str, object] = {}
-    median = Rates.median(measured["ours"])
-    result |= {f: getattr(median, f) for f in Rates.__struct_fields__}
-    result |= {
-        "step_ms": work.requests / median.decode_tokens_per_s * 1e3,
-        "active_slots_per_layer": ours.stats.active_slots,
-        "active_slots_by_layer": ours.stats.active_slots_by_layer,
-        "assignments_per_token": ours.stats.assignments_per_token,
-        "united_share": ours.stats.united_share,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory_bytes(),
-        "settings": {
-            "threshold_prefill": settings.threshold_prefill,
-            "threshold_decode": settings.threshold_decode,
-            "mechanism": settings.mechanism,
-            "way": ours.engine.available.way_of(settings),
-            "checkpoint": checkpoint,
-            "dtype": dtype,
-            "device": device,
-            "routing": routing,
-        },
-        "workload": work,
-        "machine": machine(),
-        "runs": measured.pop("ours"),
-    }
-    if peers:
-        result["peers"] = {name: {"median": Rates.median(rates), "runs": rates} for name, rates in measured.items()}
+        base = AtSettings(ours, settings)
+        result: dict = {
+            "settings": {
+                **asdict(settings),
+                "way": ours.engine.available.way_of(settings),
+                "checkpoint": checkpoint,
+                "routing": routing,
+                "dtype": dtype,
+            }
+            | {"device": str(ours.device)},
+            "workload": work,
+            "machine": machine(),
+        }
+        rounds = _Rounds(work, prompts)
+        rounds.engines[OURS] = base
+        for name, point in (points or {}).items():
+            try:
+                rounds.engines[name] = AtSettings(ours, point)
+            except ConfigError as error:
+                rounds.errors[name] = str(error)
+        rounds.round(budget, measured=False)
+        # The export and transformers' model are in this process: with them its memory is not ours alone.
+        memory = None if exported else ours.memory()
+        for spec in peers:
+            if budget.spent:
+                break
+            try:
+                rounds.engines[spec.name] = _peer(spec, loaded, ours, dtype, work, stack)
+                rounds.warm_up(spec.name)
+            except Exception as error:  # a peer may fail in any way; ours is measured all the same
+                rounds.fail(spec.name, error)
+        for number in range(runs):
+            if number and budget.spent:
+                break
+            rounds.round(budget)
+            result |= _figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points or {}))
+            write(result)
+        if profile:
+            ours.engine.set_settings(settings)
+            result["profile"] = ours.profile(prompts, min(work.new_tokens, 32))
+            write(result)
+        if steps:
+            ours.engine.set_settings(settings)
+            result["memory_growth"] = ours.growth(work, steps)
+            write(result)
     return result
+
+
+def _for_dummy(checkpoint: str, points: list[Settings]) -> tuple[str, str]:
+    """Parameters `united` and `similarity` with which a dummy has what these settings need; a checkpoint has its own files."""
+    if not checkpoint.startswith(PREFIX):
+        return "", ""
+    ways = sorted({point.way or _SHAPE_WAY for point in points if point.dims and point.mechanism == "united"})
+    reroutes = any(point.dims and point.mechanism == "reroute" for point in points)
+    return ",".join(map(str, ways)), "seeded" if reroutes else ""
+
+
+def _peer(
+    spec: PeerSpec, checkpoint: str, ours: OurEngine, dtype: str, work: Workload, stack: contextlib.ExitStack
+) -> Peer:
+    if spec.python is None:
+        return TransformersPeer(checkpoint, ours.device, dtype)
+    return stack.enter_context(
+        PeerProcess(
+            spec,
+            checkpoint=checkpoint,
+            dtype=str(ours.engine.runner.model.dtype).removeprefix("torch."),
+            device=ours.device.type,
+            max_model_len=work.prompt_tokens + work.new_tokens,
+            requests=work.requests,
+        )
+    )
+
+
+class _Rounds:
+    """Engines that run one after the other, round by round, and what they measured."""
+
+    def __init__(self, work: Workload, prompts: list[list[int]]) -> None:
+        self.work, self.prompts = work, prompts
+        self.engines: dict[str, Peer] = {}
+        self.rates: dict[str, list[Rates]] = {}
+        self.tokens: dict[str, list[list[int]]] = {}
+        self.errors: dict[str, str] = {}
+
+    def round(self, budget: Budget, measured: bool = True) -> None:
+        """Each engine once; when the budget is spent, ours only."""
+        for name in list(self.engines):
+            if name != OURS and budget.spent:
+                continue
+            try:
+                first, whole = self._runs(name)
+            except Exception as error:
+                if name == OURS:
+                    raise
+                self.fail(name, error)
+                continue
+            self.tokens[name] = whole.tokens
+            if measured:
+                self.rates.setdefault(name, []).append(Rates.of(self.work, first.seconds, whole.seconds))
+
+    def warm_up(self, name: str) -> None:
+        self._runs(name)
+
+    def fail(self, name: str, error: Exception) -> None:
+        self.engines.pop(name, None)
+        self.errors[name] = str(error)
+
+    def _runs(self, name: str) -> tuple[Run, Run]:
+        engine = self.engines[name]
+        return engine.run(self.prompts, 1), engine.run(self.prompts, self.work.new_tokens)
+
+
+def _figures(
+    rounds: _Rounds, base: AtSettings, ours: OurEngine, memory: Memory | None, peers: list[str], points: list[str]
+) -> dict:
+    """The result's figures from the rounds so far."""
+    median = Rates.median(rounds.rates[OURS])
+    figures: dict = {name: getattr(median, name) for name in Rates.__struct_fields__}
+    figures |= {
+        "step_ms": rounds.work.requests / median.decode_tokens_per_s * 1e3,
+        **_slots(base),
+        "peak_memory_bytes": memory.peak_bytes if memory else peak_bytes(ours.device),
+        "memory": memory,
+        "runs": list(rounds.rates[OURS]),
+    }
+    for key, names in (("points", points), ("peers", peers)):
+        if names:
+            figures[key] = {name: _compared(rounds, name, median) for name in names}
+    return figures
+
+
+def _slots(point: AtSettings) -> dict:
+    return {
+        "active_slots_per_layer": point.stats.active_slots,
+        "active_slots_by_layer": point.stats.active_slots_by_layer,
+        "assignments_per_token": point.stats.assignments_per_token,
+        "united_share": point.stats.united_share,
+    }
+
+
+def _compared(rounds: _Rounds, name: str, ours: Rates) -> dict:
+    """Another engine's or point's figures, with ours over theirs (for points: theirs over ours) as `ratio`."""
+    if name in rounds.errors:
+        return {"error": rounds.errors[name]}
+    if name not in rounds.rates:
+        return {"skipped": "the budget was spent"}
+    engine = rounds.engines[name]
+    median = Rates.median(rounds.rates[name])
+    if isinstance(engine, AtSettings):
+        above, below, extra = median, ours, {"settings": asdict(engine.settings), **_slots(engine)}
+    else:
+        above, below, extra = ours, median, {"tokens_equal": tokens_equal(rounds.tokens[OURS], rounds.tokens[name])}
+    ratio = {rate: getattr(above, rate) / getattr(below, rate) for rate in _RATES}
+    return {"median": median, "ratio": ratio, **extra, "runs": list(rounds.rates[name])}
+
+
+def not_measured(other: dict) -> str | None:
+    """Why a peer or point has no figures; None if it has."""
+    return other.get("error") or other.get("skipped")
+
+
+def show(result: dict, checkpoint: str, console: Console) -> None:
+    """The table of rates and whatever else was measured."""
+    console.print(rates_table(result, checkpoint))
+    for kind in ("points", "peers"):
+        for name, other in result.get(kind, {}).items():
+            if reason := not_measured(other):
+                console.print(f"{name}: {reason}", style="red", markup=False)
+            elif kind == "peers":
+                console.print(f"{name}: {other['tokens_equal']:.0%} of the sequences have the same tokens")
+    memory: Memory | None = result.get("memory")
+    if memory is not None:
+        console.print(
+            f"Peak memory {_mib(memory.peak_bytes)}, {_mib(memory.before_bytes)} of it interpreter and libraries; weights "
+            f"{_mib(memory.weight_bytes)} and KV pool {_mib(memory.kv_pool_bytes)}: {memory.ratio:.2f} of them"
+        )
+    growth: Growth | None = result.get("memory_growth")
+    if growth is not None:
+        console.print(
+            f"Resident memory grew by {growth.growth_bytes / 2**20:+.1f} MiB from step {growth.warm_up_steps} "
+            f"({_mib(growth.rss_after_warm_up_bytes)}) to step {growth.steps}"
+        )
+    if "profile" in result:
+        console.print(profile_table(result["profile"]))
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:.0f} MiB"
+
+
+def rates_table(result: dict, checkpoint: str) -> Table:
+    table = Table(title=f"{checkpoint}, tokens per second, medians")
+    table.add_column("")
+    for name in ("prefill", "decode", "output"):
+        table.add_column(name, justify="right")
+    points = result.get("points", {})
+    if points:  # what explains their speed: active slots per layer, share of assignments that united experts served
+        table.add_column("slots", justify="right")
+        table.add_column("united", justify="right")
+
+    def slots(figures: dict) -> list[str]:
+        return [f"{figures['active_slots_per_layer']:.1f}", f"{figures['united_share']:.0%}"] if points else []
+
+    table.add_row(OURS, *(f"{result[key]:.0f}" for key in _RATES), *slots(result))
+    for name, point in points.items():
+        if not not_measured(point):
+            table.add_row(name, *(f"{getattr(point['median'], key):.0f}" for key in _RATES), *slots(point))
+            table.add_row(f"{name} / {OURS}", *(f"{point['ratio'][key]:.2f}" for key in _RATES))
+    for name, peer in result.get("peers", {}).items():
+        if not not_measured(peer):
+            table.add_row(name, *(f"{getattr(peer['median'], key):.0f}" for key in _RATES))
+            table.add_row(f"{OURS} / {name}", *(f"{peer['ratio'][key]:.2f}" for key in _RATES))
+    return table
+
+
+def profile_table(profile: dict[str, StepTimes]) -> Table:
+    table = Table(title="Where a step's time goes, means")
+    table.add_column("part")
+    for kind, times in profile.items():
+        table.add_column(f"{kind}, {times.tokens:.0f} tokens: ms", justify="right")
+        table.add_column("share", justify="right")
+    names = dict.fromkeys(name for times in profile.values() for name in times.parts)
+    most = {name: max(times.parts.get(name, 0.0) / times.step_s for times in profile.values()) for name in names}
+    for name in sorted(names, key=lambda name: -most[name]):
+        cells = []
+        for times in profile.values():
+            seconds = times.parts.get(name, 0.0)
+            cells += [f"{seconds * 1e3:.2f}", f"{seconds / times.step_s:.0%}"]
+        table.add_row(name, *cells)
+    table.add_section()
+    whole = [cell for times in profile.values() for cell in (f"{times.step_s * 1e3:.2f}", "100%")]
+    table.add_row("step", *whole)
+    return table

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 
 from backend.brownout.united_file import UnitedExperts, UnitedLayer, checkpoint_fingerprint, write_united
 from backend.models import load_model
 from backend.models.dummy import raw_config
+
+
+class Run(NamedTuple):
+    """One measured run: seconds from handing over all prompts to the last token, and each prompt's new tokens."""
+
+    seconds: float
+    tokens: list[list[int]]
+
+
+class Peer(Protocol):
+    """An engine that can be measured in turn with ours."""
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        """Complete all prompts greedily with exactly `new_tokens` tokens each. Raises RuntimeError."""
 
 
 def export_shape(checkpoint: str, folder: Path, dtype: str) -> Path:
@@ -43,7 +58,7 @@ def export_united(folder: Path, way: int) -> None:
 
 
 class TransformersPeer:
-    """transformers' `generate` with its grouped-matmul experts."""
+    """transformers' `generate` with its grouped-matmul experts, in this process."""
 
     def __init__(self, checkpoint: str, device: torch.device, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -54,7 +69,7 @@ class TransformersPeer:
         self._device = device
 
     @torch.inference_mode()
-    def time_s(self, prompts: list[list[int]], new_tokens: int) -> float:
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         ids = torch.tensor(prompts, device=self._device)
         started = time.perf_counter()
         out = self._model.generate(
@@ -65,12 +80,16 @@ class TransformersPeer:
             do_sample=False,
             pad_token_id=0,
         )
-        tokens = out.shape[1] - ids.shape[1]  # reading the shape waits for nothing; the copy below does
-        out.cpu()
+        tokens = out[:, ids.shape[1] :].tolist()  # the copy to the host waits for the device
         elapsed = time.perf_counter() - started
-        if tokens != new_tokens:
-            raise RuntimeError(f"transformers made {tokens} tokens instead of {new_tokens}")
-        return elapsed
+        if len(tokens[0]) != new_tokens:
+            raise RuntimeError(f"transformers made {len(tokens[0])} tokens instead of {new_tokens}")
+        return Run(elapsed, tokens)
+
+
+def tokens_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of sequences with the same tokens from the first to the last."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -9,13 +10,55 @@ import time
 
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
+from rich.console import Console
+from rich.table import Table
 
-from backend.brownout.settings import Settings
 from backend.config import ENV_PREFIX, EngineConfig
 from backend.serving.launch_client import running_server
-from loadtest.bench.engine import OurEngine
-from loadtest.bench.workload import Workload, machine
+from loadtest.bench import options
+from loadtest.bench.budget import Budget
+from loadtest.bench.our_engine import OurEngine
+from loadtest.bench.workload import Workload, machine, write_json
 from loadtest.clients import STREAM_MODEL
+
+HELP = "through Triton Inference Server, against the engine alone"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_workload(parser)
+    options.add_place(parser)
+    options.add_runs(parser, 3)
+    options.add_budget(parser)
+    options.add_output(parser)
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    checkpoint = options.checkpoint_of(args)
+    with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
+        result = run(
+            checkpoint=checkpoint,
+            work=options.workload_of(args),
+            dtype=args.dtype,
+            device=args.device,
+            runs=args.runs,
+            budget=Budget(args.budget),
+        )
+    console.print(table(result, checkpoint))
+    if args.json:
+        write_json(args.json, result)
+        console.print(f"Wrote {args.json}.")
+    return 0
+
+
+def table(result: dict, checkpoint: str) -> Table:
+    made = Table(title=f"{checkpoint}, output tokens per second, medians")
+    for name in ("engine alone", "through Triton", "ratio"):
+        made.add_column(name, justify="right")
+    made.add_row(
+        f"{result['engine_tokens_per_s']:.0f}", f"{result['server_tokens_per_s']:.0f}", f"{result['ratio']:.2f}"
+    )
+    return made
 
 
 async def stream_all(grpc: str, prompts: list[list[int]], new_tokens: int) -> float:
@@ -58,25 +101,28 @@ async def stream_all(grpc: str, prompts: list[list[int]], new_tokens: int) -> fl
     return elapsed
 
 
-def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int) -> dict[str, object]:
-    """Output tokens per second of both, their ratio run by run."""
+def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, budget: Budget | None = None) -> dict:
+    """Output tokens per second of both, their ratio run by run; at least one run, further ones while the budget lasts."""
+    budget = budget or Budget()
     parameters = {
         "checkpoint": checkpoint,
         "dtype": dtype,
         "device": device,
         "max_model_len": work.prompt_tokens + work.new_tokens,
     }
-    ours = OurEngine(EngineConfig(**parameters), Settings())
+    ours = OurEngine(EngineConfig(**parameters))
     env = {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in parameters.items()}}
     tokens = work.requests * work.new_tokens
     pairs: list[dict[str, float]] = []
     with running_server(env=env) as server:
         for number in range(runs + 1):
+            if number > 1 and budget.spent:
+                break
             # Prompts differ from run to run, so that the server's prefix cache holds none of them.
             prompts = Workload(
                 requests=work.requests, prompt_tokens=work.prompt_tokens, new_tokens=work.new_tokens, seed=number
             ).prompts(ours.engine.vocab_size)
-            engine_s = ours.time_s(prompts, work.new_tokens)
+            engine_s = ours.run(prompts, work.new_tokens).seconds
             server_s = asyncio.run(stream_all(server.grpc, prompts, work.new_tokens))
             if number:
                 pairs.append(

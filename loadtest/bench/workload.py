@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
-import resource
 import statistics
 from pathlib import Path
 
@@ -63,14 +61,12 @@ def machine() -> dict[str, object]:
     return facts
 
 
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def write_json(path: Path, result: object) -> None:
+    """Replace the file at once, so that a reader never sees half of it; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(msgspec.to_builtins(result), indent=2) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    part.replace(path)
 
 
 def _processor() -> str:

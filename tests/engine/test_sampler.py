@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 
 from backend.engine import sampler
-from backend.engine.nucleus import sample_filtered
 from backend.engine.sampler import Sampled, SampleRow, sample, uniform
 from backend.engine.sampling_params import SamplingParams
+from backend.kernels.cpu.nucleus import sample_row
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -88,13 +88,14 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
         SamplingParams(),
         SamplingParams(top_p=0.9),
         SamplingParams(min_p=0.3),
+        SamplingParams(top_k=60, top_p=0.9),
         SamplingParams(top_k=700, top_p=0.9),
         SamplingParams(top_k=3000),
     ],
     ids=str,
 )
 def test_flat_distributions_over_large_vocabularies(params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tokens pass the filters than are looked at first."""
+    """Also where more tokens pass the filters than are looked at first."""
     logits = torch.randn(3001, generator=torch.Generator().manual_seed(2)) * 0.5
     probs = reference_probs(logits, params)
     drawn = draw(logits, params, 3000)
@@ -249,7 +250,7 @@ def test_uniform_numbers_are_uniform_over_positions_and_seeds() -> None:
 def test_sampling_by_buckets_is_sampling_from_the_sorted_row(logits, spread, params, u) -> None:
     row = torch.tensor(logits, dtype=torch.float32) * spread
     row -= row.max()
-    token = sample_filtered(torch.exp(row).numpy(), u, params.top_k, params.top_p, params.min_p)
+    token = sample_row(torch.exp(row).numpy(), u, params.top_k, params.top_p, params.min_p)
     probs = reference_probs(row, params)
     order = np.argsort(-row.numpy(), kind="stable")
     place = int(np.flatnonzero(order == token)[0])

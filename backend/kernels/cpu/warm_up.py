@@ -10,15 +10,17 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from backend.kernels import cpu
+from backend.kernels.cpu.nucleus import sample_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """Run each compiled kernel once with weights and KV cache of this type."""
+    """Run each compiled kernel, the sampler's too, once; weights and KV cache are of this type."""
     slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     for size in (8, 32):  # lengths that bfloat16 instructions do not fit and do fit
         cpu.linear(torch.zeros(1, size), torch.zeros(4, size, dtype=dtype))
@@ -33,6 +35,8 @@ def warm_up(dtype: torch.dtype) -> None:
     cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     cpu.decode_attention(torch.zeros(1, 1, 8), cache, cache, table, lens, 1.0, None)
+    share = np.ones(1)
+    sample_rows(np.ones((1, 8), np.float32), np.zeros(1, np.int64), share / 2, share, share, share)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

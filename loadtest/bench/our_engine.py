@@ -1,0 +1,124 @@
+"""The product's engine as the benchmarks drive it."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from backend.brownout.settings import Settings
+from backend.config import EngineConfig
+from backend.engine.engine import Engine
+from backend.engine.model_runner import resolve_device
+from backend.engine.request import Request, RequestEnded, TokenOutput
+from backend.engine.sampling_params import SamplingParams
+from backend.kernels import kernels_for
+from loadtest.bench.memory import Growth, Memory, peak_bytes, reset_peak, rss_bytes
+from loadtest.bench.parts import PartTimes, StepTimes
+from loadtest.bench.peers import Run
+from loadtest.bench.workload import Workload
+
+
+class OurEngine:
+    """An engine in this process, with what can be asked of it beside its speed."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        kernels_for(resolve_device(config.devices[0]))  # imports a compiler, which is no memory of the engine's
+        before = rss_bytes()
+        reset_peak()
+        self.engine = Engine(config)
+        self.device = self.engine.runner.device
+        self._before_bytes = 0 if self.device.type == "cuda" else before
+        #: Of the step half-way through the last run, when all requests decode.
+        self.stats = self.engine.stats()
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        """Complete all prompts greedily, from handing them over to the last token; nothing is cached from earlier runs."""
+        self.engine.blocks.clear_cache()
+        started = time.perf_counter()
+        self._add(prompts, new_tokens)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        made, half = 0, len(prompts) * new_tokens // 2
+        while self.engine.has_work:
+            before = made
+            for event in self.engine.step():
+                made += _take(event, tokens)
+            if before < half <= made:
+                self.stats = self.engine.stats()
+        elapsed = time.perf_counter() - started
+        if made != len(prompts) * new_tokens:
+            raise RuntimeError(f"{made} tokens were made instead of {len(prompts) * new_tokens}")
+        return Run(elapsed, tokens)
+
+    def memory(self) -> Memory:
+        """Peak memory since this engine was made."""
+        runner = self.engine.runner
+        pool = sum(tensor.nbytes for tensor in (*runner.kv_cache.k, *runner.kv_cache.v))
+        return Memory.of(
+            peak_bytes(self.device), self._before_bytes, runner.model.weight_bytes() + runner.model.united_bytes(), pool
+        )
+
+    def profile(self, prompts: list[list[int]], new_tokens: int) -> dict[str, StepTimes]:
+        """Where the time of a prefill step and of a decode step goes."""
+        times = PartTimes(self.engine)
+        with times.attached():
+            # With one new token nothing decodes while other prompts are still computed.
+            for length in (1, new_tokens):
+                self.engine.blocks.clear_cache()
+                self._add(prompts, length)
+                while self.engine.has_work:
+                    times.step()
+        kinds = {"prefill": times.summary("prefill"), "decode": times.summary("decode", skip=1)}
+        return {kind: summary for kind, summary in kinds.items() if summary is not None}
+
+    def growth(self, work: Workload, steps: int) -> Growth:
+        """Resident memory over `steps` steps in which requests end and new ones, with other prompts, take their places."""
+        rng = random.Random(work.seed)
+        warm_up = max(1, steps // 10)
+        number = rss = 0
+        for step in range(steps):
+            while self.engine.num_requests < work.requests:
+                prompt = [rng.randrange(self.engine.vocab_size) for _ in range(work.prompt_tokens)]
+                # Different lengths, so that prefill and decode mix.
+                self._add([prompt], rng.randint(1, work.new_tokens), first=number)
+                number += 1
+            self.engine.step()
+            if step + 1 == warm_up:
+                rss = rss_bytes()
+        end = rss_bytes()
+        for request_id in range(number):
+            self.engine.abort(request_id)
+        return Growth(
+            steps=steps,
+            warm_up_steps=warm_up,
+            rss_after_warm_up_bytes=rss,
+            rss_end_bytes=end,
+            growth_bytes=end - rss,
+        )
+
+    def _add(self, prompts: list[list[int]], new_tokens: int, first: int = 0) -> None:
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        for number, prompt in enumerate(prompts, start=first):
+            self.engine.add(Request(number, prompt, params))
+
+
+class AtSettings:
+    """Our engine at one point of the brownout settings; several points are measured in turn on one engine."""
+
+    def __init__(self, ours: OurEngine, settings: Settings) -> None:
+        """Raises ConfigError if the engine cannot be set so."""
+        ours.engine.set_settings(settings)
+        self.ours, self.settings = ours, settings
+        self.stats = ours.stats
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
+        self.ours.engine.set_settings(self.settings)
+        run = self.ours.run(prompts, new_tokens)
+        self.stats = self.ours.stats
+        return run
+
+
+def _take(event: TokenOutput | RequestEnded, tokens: list[list[int]]) -> int:
+    if isinstance(event, RequestEnded):
+        raise RuntimeError(f"request {event.request_id} ended: {event.message}")
+    tokens[event.request_id].append(event.token_id)
+    return 1

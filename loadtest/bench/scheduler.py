@@ -1,0 +1,228 @@
+"""What the engine's host path costs per step, without a model: scheduling, batches, booking, sampling, detokenising."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import msgspec
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from backend.config import EngineConfig
+from backend.engine.detokenizer import Detokenizer
+from backend.engine.engine import Engine
+from backend.engine.penalties import SampleRow
+from backend.engine.request import Request
+from backend.engine.sampler import sample
+from backend.engine.sampling_params import SamplingParams
+from backend.models.forward_batch import ForwardBatch
+from backend.serving.tokenizer import load_tokenizer
+from loadtest.bench import options
+from loadtest.bench.budget import Budget
+from loadtest.bench.parts import BATCH, BOOKING, EMIT, SAMPLING, SCHEDULING, PartTimes, StepTimes
+from loadtest.bench.timing import median_s
+from loadtest.bench.workload import machine, write_json
+
+HELP = "the host path of a step, without a model"
+#: A quick decode step, against which the host path is held.
+STEP_MS = 6.0
+#: Steps that are not counted: caches and free lists settle.
+_WARM_UP_STEPS = 10
+
+
+class HostCost(msgspec.Struct, kw_only=True):
+    """Medians over the steps, in microseconds per step."""
+
+    steps: int
+    parts_us: dict[str, float]
+    #: Choosing the step's work, booking it, and laying out its tensors.
+    scheduler_and_batch_us: float
+    share_of_step: float
+    #: The same with what follows sampling: ends of sequences, events.
+    host_us: float
+    #: The whole step, with the sampling of few logits: median and, for pauses such as garbage collection, maximum.
+    step_us: float
+    step_worst_us: float
+
+    @classmethod
+    def of(cls, times: StepTimes, worst: StepTimes) -> HostCost:
+        names = (SCHEDULING, BATCH, BOOKING, SAMPLING, EMIT)
+        parts = {name: times.parts.get(name, 0.0) * 1e6 for name in names}
+        cost = parts[SCHEDULING] + parts[BATCH] + parts[BOOKING]
+        return cls(
+            steps=times.steps,
+            parts_us=parts,
+            scheduler_and_batch_us=cost,
+            share_of_step=cost / (STEP_MS * 1e3),
+            host_us=cost + parts[EMIT],
+            step_us=times.step_s * 1e6,
+            step_worst_us=worst.step_s * 1e6,
+        )
+
+
+class SchedulerReport(msgspec.Struct, kw_only=True):
+    """`steady`: every running request decodes. `turnover`: each makes as many tokens as its prompt has, so that some end and
+    waiting ones take their places. Sampling is of `vocab` logits a row."""
+
+    running: int
+    waiting: int
+    prompt_tokens: int
+    step_ms: float = STEP_MS
+    steady: HostCost | None = None
+    turnover: HostCost | None = None
+    vocab: int
+    #: Microseconds per step, by what the requests ask for.
+    sampling_us: dict[str, float] = {}
+    detokenizing_us: float | None = None
+    machine: dict[str, object]
+    complete: bool = False
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--running", type=options.positive, default=256, help="requests that run (default 256)")
+    parser.add_argument("--waiting", type=options.positive, default=10_000, help="requests that wait (default 10000)")
+    parser.add_argument("--prompt-tokens", type=options.at_least_two, default=128, help="per request (default 128)")
+    parser.add_argument("--steps", type=options.positive, default=200, help="measured steps (default 200)")
+    parser.add_argument("--vocab", type=options.positive, default=8192, help="logits per row to sample (default 8192)")
+    options.add_budget(parser)
+    options.add_output(parser)
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    with console.status(f"{args.steps} steps of {args.running} running and {args.waiting} waiting requests"):
+        for report in measure(
+            running=args.running,
+            waiting=args.waiting,
+            prompt_tokens=args.prompt_tokens,
+            steps=args.steps,
+            vocab=args.vocab,
+            budget=Budget(args.budget),
+        ):
+            if args.json:
+                write_json(args.json, report)
+    console.print(table(report))
+    if args.json:
+        console.print(f"Wrote {args.json}.")
+    return 0
+
+
+def measure(
+    *, running: int, waiting: int, prompt_tokens: int, steps: int, vocab: int, budget: Budget
+) -> Iterator[SchedulerReport]:
+    """Yields the growing report after each measurement."""
+    report = SchedulerReport(
+        running=running, waiting=waiting, prompt_tokens=prompt_tokens, vocab=vocab, machine=machine()
+    )
+    yield report
+    for name in ("steady", "turnover"):
+        if budget.spent:
+            return
+        setattr(report, name, host_cost(running, waiting, prompt_tokens, steps, turnover=name == "turnover"))
+        yield report
+    requested = {
+        "greedy": SamplingParams(temperature=0.0),
+        "temperature": SamplingParams(),
+        "top_p": SamplingParams(top_p=0.9),
+    }
+    for name, params in requested.items():
+        if budget.spent:
+            return
+        report.sampling_us[name] = sampling_s(running, vocab, params) * 1e6
+        yield report
+    if budget.spent:
+        return
+    report.detokenizing_us = detokenizing_s(running) * 1e6
+    report.complete = True
+    yield report
+
+
+def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, turnover: bool) -> HostCost:
+    """Steps of an engine whose model gives random logits at no cost."""
+    measured = steps + _WARM_UP_STEPS
+    new_tokens = prompt_tokens if turnover else measured + prompt_tokens
+    engine = Engine(
+        EngineConfig(
+            checkpoint="dummy:tiny",
+            device="cpu",
+            max_model_len=prompt_tokens + new_tokens,
+            kv_cache_blocks=running * (-(-(prompt_tokens + new_tokens) // 16) + 2),
+            max_running=running,
+            max_waiting=running + waiting,
+        )
+    )
+    prompts = np.random.default_rng(0).integers(0, engine.vocab_size, (running + waiting, prompt_tokens)).tolist()
+    rng = random.Random(0)
+    logits = torch.randn(2 * running, engine.vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def forward(batch: ForwardBatch, _: object) -> Tensor:
+        start = rng.randrange(running)
+        return logits[start : start + len(batch.logit_rows)]
+
+    for number, prompt in enumerate(prompts):
+        # The first requests have different shares of their tokens left, as in the middle of a long run.
+        length = 1 + number * new_tokens // running if turnover and number < running else new_tokens
+        engine.add(Request(number, prompt, SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)))
+    times = PartTimes(engine)
+    with patch.object(engine.runner.model, "forward", forward):
+        while len(engine.scheduler.running) < running or any(not s.prompt_computed for s in engine.scheduler.running):
+            if not engine.has_work:
+                raise ValueError(f"{waiting} waiting requests are too few to keep {running} running")
+            engine.step()
+        with times.attached():
+            for _ in range(measured):
+                times.step()
+    medians = times.summary(skip=_WARM_UP_STEPS, average=statistics.median)
+    worst = times.summary(skip=_WARM_UP_STEPS, average=max)
+    assert medians is not None and worst is not None
+    return HostCost.of(medians, worst)
+
+
+def sampling_s(rows: int, vocab: int, params: SamplingParams) -> float:
+    """Seconds to sample one token for each row of random logits."""
+    logits = 2.0 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    described = [SampleRow(params, seed, position=0) for seed in range(rows)]
+    return median_s([lambda: sample(logits, described)], logits.device, runs=5)
+
+
+def detokenizing_s(rows: int) -> float:
+    """Seconds to turn one token of each of `rows` sequences into text."""
+    tokenizer = load_tokenizer("dummy:cpu-m", vocab_size=8192)
+    texts = [Detokenizer(tokenizer) for _ in range(rows)]
+    ids = [[300 + i] for i in range(rows)]
+
+    def step() -> None:
+        for text, new in zip(texts, ids, strict=True):
+            text.append(new, False)
+
+    return median_s([step], torch.device("cpu"), runs=5)
+
+
+def table(report: SchedulerReport) -> Table:
+    made = Table(title=f"{report.running} running, {report.waiting} waiting requests: medians per step")
+    made.add_column("")
+    made.add_column("µs", justify="right")
+    made.add_column(f"of a {report.step_ms:g} ms step", justify="right")
+
+    def row(name: str, microseconds: float, style: str = "") -> None:
+        made.add_row(name, f"{microseconds:.0f}", f"{microseconds / report.step_ms / 1e3:.1%}", style=style)
+
+    for name, cost in (("steady", report.steady), ("turnover", report.turnover)):
+        if cost is not None:
+            for part in (SCHEDULING, BOOKING, BATCH):
+                row(f"{name}: {part}", cost.parts_us[part])
+            row(f"{name}: scheduler and batch", cost.scheduler_and_batch_us, "bold")
+            row(f"{name}: {EMIT}", cost.parts_us[EMIT])
+            row(f"{name}: worst step", cost.step_worst_us)
+            made.add_section()
+    for name, microseconds in report.sampling_us.items():
+        row(f"sampling, {name}, {report.vocab} logits", microseconds)
+    if report.detokenizing_us is not None:
+        row("detokenising", report.detokenizing_us)
+    return made

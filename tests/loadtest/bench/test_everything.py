@@ -1,0 +1,80 @@
+"""All benchmarks in one run: what fails or finds no time is entered with its reason, and the rest goes on."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from loadtest.bench import engine, everything, kernels, scheduler, server
+from loadtest.bench.budget import Budget
+from loadtest.bench.workload import Workload, write_json
+
+RATES = {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 1.0, "output_tokens_per_s": 1.0}
+
+
+@pytest.fixture
+def quick_parts(monkeypatch):
+    """Parts that take no time; the server cannot be started."""
+
+    def report(cls, **fields):
+        return iter([cls(machine={}, **fields)])
+
+    def no_server(**_):
+        raise RuntimeError("no Triton server here")
+
+    monkeypatch.setattr(
+        kernels, "measure", lambda *_: report(kernels.KernelReport, device="cpu", floors={}, cases=[], complete=True)
+    )
+    monkeypatch.setattr(
+        scheduler,
+        "measure",
+        lambda **_: report(scheduler.SchedulerReport, running=1, waiting=1, prompt_tokens=1, vocab=1),
+    )
+    slots = {"active_slots_per_layer": 1.0, "united_share": 0.0}
+    point = {**slots, "ratio": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 1.5, "output_tokens_per_s": 1.4}}
+    measured = {
+        **RATES,
+        **slots,
+        "points": {"8-way": {"error": "not loaded"}, "4-way": {**point, "median": RatesLike()}},
+    }
+    monkeypatch.setattr(engine, "run", lambda *, write, **_: (write(measured), measured)[1])
+    monkeypatch.setattr(server, "run", no_server)
+
+
+class RatesLike(dict):
+    """Rates as the tables read them."""
+
+    prefill_tokens_per_s = decode_tokens_per_s = output_tokens_per_s = 3.0
+
+
+def run(path, budget) -> dict:
+    return everything.run(
+        shape="tiny",
+        work=Workload(requests=1, prompt_tokens=1, new_tokens=2),
+        device=torch.device("cpu"),
+        dtype="auto",
+        runs=1,
+        peers=[],
+        budget=budget,
+        write=lambda partial: write_json(path, partial),
+        console=Console(quiet=True),
+    )
+
+
+def test_a_part_that_fails_does_not_stop_the_others(quick_parts, tmp_path):
+    result = run(tmp_path / "all.json", Budget())
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert not result["ok"] and written["server"] == {"error": "RuntimeError: no Triton server here"}
+    assert written["kernels"]["complete"] and written["engine"]["decode_tokens_per_s"] == 1.0
+    console = Console(record=True, width=200)
+    console.print(everything.summary(result))
+    text = console.export_text()
+    assert "no Triton server here" in text and "8-way: not loaded" in text and "1.50" in text
+
+
+def test_parts_without_time_are_skipped(quick_parts, tmp_path):
+    now = iter([0.0, *[1.0] * 2, *[99.0] * 50])
+    result = run(tmp_path / "all.json", Budget(10.0, clock=lambda: next(now)))
+    assert isinstance(result["kernels"], kernels.KernelReport)
+    assert result["server"] == {"skipped": "the budget was spent"}

@@ -42,6 +42,8 @@ class Case:
     make: Callable[[torch.Generator], Arguments]
     #: What is to be compared: from what the kernel returned and its arguments, which it may have written to.
     outputs: Callable[[object, Arguments], list[Tensor]] = lambda returned, _: _tensors(returned)
+    #: How the kernel is called with these arguments, where some of them have to be named.
+    bind: Callable[[Callable], Callable] = lambda function: function
     #: Whether its weights or keys and values come from memory in a step (they are larger than the caches there).
     streams: bool = False
 
@@ -90,12 +92,12 @@ class ReferenceSamplers:
 
 def implementation_of(case: Case, kernels: ModuleType | SimpleNamespace) -> Callable:
     """The function that a case measures, from a device's kernels."""
-    return Samplers.sample if case.kernel == "sample" else getattr(kernels, case.kernel)
+    return Samplers.sample if case.kernel == "sample" else case.bind(getattr(kernels, case.kernel))
 
 
 def reference_of(case: Case) -> Callable:
     """What it is compared with."""
-    return ReferenceSamplers.sample if case.kernel == "sample" else getattr(reference, case.kernel)
+    return ReferenceSamplers.sample if case.kernel == "sample" else case.bind(getattr(reference, case.kernel))
 
 
 def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Iterator[Case]:
@@ -131,7 +133,7 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
         yield Case("apply_rope", f"{n} rows", make.rope(n), lambda _, args: [args[0]])
         yield Case("store_kv", f"{n} rows", make.store(n), lambda _, args: [args[2], args[3]])
         yield Case("route", f"{n} rows", make.route(n))
-        yield Case("remap_experts", f"{n} rows", make.remap(n))
+        yield Case("remap_experts", f"{n} rows", make.remap(n), _served)
     yield Case("sample", f"greedy, {few} rows", make.sample(few, SamplingParams(temperature=0.0)))
     yield Case("sample", f"temperature 1, {few} rows", make.sample(few, SamplingParams(temperature=1.0)))
 
@@ -147,6 +149,12 @@ def _is_half(value: object) -> bool:
 
 def _tensors(returned: object) -> list[Tensor]:
     return list(returned) if isinstance(returned, tuple) else [returned]  # type: ignore[list-item]
+
+
+def _served(returned: tuple[Tensor, Tensor], _: Arguments) -> list[Tensor]:
+    """Slots, and the weights of those assignments that are computed: the others have none."""
+    slots, weights = returned
+    return [slots, torch.where(slots >= 0, weights, 0.0)]
 
 
 class _Maker:

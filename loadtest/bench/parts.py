@@ -22,6 +22,7 @@ from loadtest.bench.timing import synchronize
 KERNEL_PARTS = {
     "route": "route",
     "remap_experts": "remap",
+    "select_experts": "remap",
     "grouped_experts_forward": "grouped experts",
     "decode_attention": "attention",
     "prefill_attention": "attention",

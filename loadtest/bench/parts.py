@@ -21,6 +21,7 @@ from loadtest.bench.timing import synchronize
 #: The part that each kernel belongs to; others stand under their own name.
 KERNEL_PARTS = {
     "route": "route",
+    "router_scores": "route",
     "remap_experts": "remap",
     "select_experts": "remap",
     "grouped_experts_forward": "grouped experts",

@@ -7,11 +7,9 @@ from array import array
 import numpy as np
 import torch
 
-from backend.engine.request import Sequence
+from backend.engine.request import NEVER
 from backend.engine.scheduler import Schedule
 from backend.models.forward_batch import ForwardBatch
-
-_NEVER = 2  # added to a token's class when its request is never browned out; see TOKEN_CLASSES
 
 
 def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> ForwardBatch:
@@ -43,12 +41,12 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
     positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
     kv_slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
 
-    # A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill.
+    # Sequence.token_class of all at once.
     prompts = np.array([sequence.num_prompt for sequence in sequences])
     classes = ((counts == 1) & (starts >= prompts)).astype(np.int8)
     never = [i for i, sequence in enumerate(sequences) if sequence.never_browned]
     if never:
-        classes[never] += _NEVER
+        classes[never] += NEVER
     known = np.array([len(sequence.tokens) for sequence in sequences])
     logit_rows = query_start[1:][context_lens == known] - 1
 
@@ -68,9 +66,3 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
         query_lens=num_tokens,
         context_lens_host=context_lens.tolist(),
     )
-
-
-def class_of(sequence: Sequence, count: int) -> int:
-    """Token class (index into TOKEN_CLASSES) of the next `count` tokens of a sequence."""
-    decode = count == 1 and sequence.num_computed >= sequence.num_prompt
-    return (_NEVER if sequence.never_browned else 0) + decode

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
-from backend.engine.batch import class_of
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner
@@ -201,7 +200,7 @@ class Engine:
         for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
             sequence.num_replaced += num_replaced
             total += num_replaced
-            pristine.append(not browned[class_of(sequence, count)])
+            pristine.append(not browned[sequence.token_class(count)])
         self._united_share = total / (sum(schedule.num_tokens) * self._assignments)
         return pristine
 

@@ -9,6 +9,7 @@ from backend.kernels.reference import (
     prefill_attention,
     remap_experts,
     rms_norm,
+    rotate_and_store,
     route,
     store_kv,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "prefill_attention",
     "remap_experts",
     "rms_norm",
+    "rotate_and_store",
     "route",
     "store_kv",
 ]

@@ -7,7 +7,7 @@ import pytest
 # Before torch is imported: test processes share few cores, and OpenMP threads that spin hold each other up.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # Before anything imports Triton: without a GPU its kernels are tested in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")

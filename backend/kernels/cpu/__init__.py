@@ -11,6 +11,8 @@ from backend.kernels.reference import (
     rms_norm,
     rotate_and_store,
     route,
+    router_scores,
+    select_experts,
     store_kv,
 )
 
@@ -25,5 +27,7 @@ __all__ = [
     "rms_norm",
     "rotate_and_store",
     "route",
+    "router_scores",
+    "select_experts",
     "store_kv",
 ]

@@ -1,12 +1,14 @@
 """GPU kernels in the Triton language (not the inference server of that name)."""
 
+from backend.kernels.gpu.attention_decode import decode_attention
+from backend.kernels.gpu.attention_prefill import prefill_attention
 from backend.kernels.gpu.grouped_experts import grouped_experts_forward
 from backend.kernels.gpu.kv_store import rotate_and_store, store_kv
 from backend.kernels.gpu.linear import linear
+from backend.kernels.gpu.remap import remap_experts, select_experts
 from backend.kernels.gpu.rmsnorm import add_rms_norm, rms_norm
 from backend.kernels.gpu.rope import apply_rope
-from backend.kernels.gpu.router import route
-from backend.kernels.reference import decode_attention, prefill_attention, remap_experts
+from backend.kernels.gpu.router import route, router_scores
 
 __all__ = [
     "add_rms_norm",
@@ -19,5 +21,7 @@ __all__ = [
     "rms_norm",
     "rotate_and_store",
     "route",
+    "router_scores",
+    "select_experts",
     "store_kv",
 ]

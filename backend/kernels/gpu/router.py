@@ -9,6 +9,9 @@ from torch import Tensor
 
 from backend.kernels.gpu.common import power_of_2
 from backend.kernels.gpu.linear import linear
+from backend.kernels.reference.router import router_scores
+
+__all__ = ["route", "router_scores"]
 
 
 @triton.jit

@@ -35,12 +35,18 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def load_model(
-    checkpoint: str, *, routing: str = "uniform", device: torch.device, dtype: str = "auto", seed: int = 0
+    checkpoint: str,
+    *,
+    routing: str = "uniform",
+    device: torch.device,
+    dtype: str = "auto",
+    seed: int = 0,
+    attention: str = "auto",
 ) -> MoeModel:
     """Load a Hugging Face checkpoint folder, or make the random weights of `dummy:SHAPE`.
 
     `routing` and `seed` act on dummies only. `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
-    bfloat16 elsewhere. Raises ConfigError naming what is wrong.
+    bfloat16 elsewhere. `attention` as in `kernels_for`. Raises ConfigError naming what is wrong.
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -48,7 +54,7 @@ def load_model(
         config = parse_config(dummy.raw_config(checkpoint))
         if dtype == "auto":
             dtype = "float32" if device.type == "cpu" else "bfloat16"
-        model = MoeModel(config, _DTYPES[dtype], device)
+        model = MoeModel(config, _DTYPES[dtype], device, attention=attention)
         dummy.fill(model, routing, seed)
         return model
     folder = Path(checkpoint)
@@ -58,7 +64,7 @@ def load_model(
         raise ConfigError(
             f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
         )
-    model = MoeModel(config, _DTYPES[dtype], device)
+    model = MoeModel(config, _DTYPES[dtype], device, attention=attention)
     load_weights(model, folder)
     return model
 

@@ -40,9 +40,9 @@ class DecoderLayer:
         if self.mlp is not None:
             yield from self.mlp.weights(f"{prefix}.mlp")
 
-    def feed_forward(self, x: Tensor, token_class: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, token_class: Tensor, num_tokens: Tensor | None) -> Tensor:
         if self.moe is not None:
-            return self.moe(x, token_class)
+            return self.moe(x, token_class, num_tokens)
         assert self.mlp is not None
         return self.mlp(x)
 
@@ -50,13 +50,13 @@ class DecoderLayer:
 class MoeModel:
     """A mixture-of-experts language model with its weights on one device."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> None:
         """Tensors are allocated but not filled: `load_model` does that."""
         self.config, self.dtype, self.device = config, dtype, device
         #: Type of hidden states. On a CPU float32 whatever the weights' type: torch's arithmetic on 16-bit types is several
         #: times slower there.
         self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
-        self.kernels = kernels_for(device)
+        self.kernels = kernels_for(device, attention)
         backing = Backing(dtype, self.activation_dtype, device, self.kernels)
         #: [layers, classes] float32 brownout thresholds, read by every MoE block of a step.
         self.thresholds = torch.ones(config.num_layers, len(TOKEN_CLASSES), device=device)
@@ -97,6 +97,18 @@ class MoeModel:
         active = sum(len(slots.unique()) for slots in served)
         return active / len(served), sum(len(slots) for slots in served) / tokens
 
+    def step_record(self) -> list[Tensor]:
+        """What the last forward left for telemetry: tensors with one row per token."""
+        return [
+            layer.moe.last_slots for layer in self.layers if layer.moe is not None and layer.moe.last_slots is not None
+        ]
+
+    def set_step_record(self, record: Sequence[Tensor]) -> None:
+        """Take over what an earlier forward left, whose captured graph has just been replayed."""
+        blocks = [layer.moe for layer in self.layers if layer.moe is not None]
+        for block, slots in zip(blocks, record, strict=True):
+            block.last_slots = slots
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""
@@ -108,7 +120,7 @@ class MoeModel:
                 x = layer.input_norm.after_add(x, residual)
             x = layer.attention(x, angles, batch, (kv_cache.k[i], kv_cache.v[i]))
             x = layer.post_attention_norm.after_add(x, residual)
-            x = layer.feed_forward(x, batch.token_class)
+            x = layer.feed_forward(x, batch.token_class, batch.num_tokens)
         rows = batch.logit_rows
         x = self.final_norm.after_add(x[rows], residual[rows])
         return self.kernels.linear(x, self.lm_head).float()

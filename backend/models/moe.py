@@ -49,11 +49,11 @@ class MoeBlock:
             yield from self.shared_expert.weights(f"{prefix}.shared_expert")
             yield from self.shared_gate.weights(f"{prefix}.shared_expert_gate")
 
-    def __call__(self, x: Tensor, token_class: Tensor) -> Tensor:
-        """x [T, M], token_class [T] -> [T, M]."""
+    def __call__(self, x: Tensor, token_class: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        """x [T, M], token_class [T] -> [T, M]; rows from `num_tokens` on are padding."""
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
         slots, weights = self.kernels.remap_experts(
-            experts, weights, self.expert_map.expert_slots, self.thresholds, token_class
+            experts, weights, self.expert_map.expert_slots, self.thresholds, token_class, num_tokens
         )
         self.last_slots = slots
         out = self.kernels.grouped_experts_forward(x, self.experts.w13, self.experts.w2, slots, weights)

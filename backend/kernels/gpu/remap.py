@@ -218,6 +218,6 @@ def remap_experts(
         ROWS=rows,
         EXPERTS=columns,
         STEP=min(32, columns),
-        num_warps=4 if columns <= 128 else 8,
+        num_warps=4 if columns <= 64 else 8,
     )
     return slots, new_weights

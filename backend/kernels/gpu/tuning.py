@@ -65,6 +65,7 @@ class ExpertShape:
         return "decode" if few else "prefill"
 
 
+@lru_cache(maxsize=4096)
 def expert_tiles(shape: ExpertShape, folder: Path = TUNED_DIR) -> dict[str, TileConfig]:
     """A configuration for each of KERNELS in the shape's phase."""
     tuned = _nearest(_entries(folder / file_name(shape)), shape)
@@ -103,6 +104,7 @@ def write_entries(folder: Path, shape: ExpertShape, entries: Iterable[dict[str, 
     ordered = sorted(entries, key=lambda e: (str(e["phase"]), int(e["slots"]), int(e["tokens"])))
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     _entries.cache_clear()
+    expert_tiles.cache_clear()
     return path
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from backend.kernels.gpu.align import align
 from backend.kernels.gpu.common import dot
-from backend.kernels.gpu.tuning import LEAST_ROWS, ExpertShape, TileConfig, expert_tiles
+from backend.kernels.tuning import LEAST_ROWS, ExpertShape, TileConfig, expert_tiles
 
 _COMBINE_COLUMNS = 1024
 #: Row tiles whose programs run side by side on the same columns, so that weights are read from memory once (prefill).

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler: pip install triton")
-
 
 class Run:
     """Calls a function where kernels are under test: in the interpreter, on a GPU, or by replaying a captured CUDA graph."""

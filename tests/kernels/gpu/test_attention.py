@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
+
 from backend.kernels import gpu, reference
 from backend.kernels.gpu.attention_decode import attend_in_splits, num_splits
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
+
 #: Shared memory that one program may have, by compute capability (CUDA programming guide, technical specifications).
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 ROOT = Path(__file__).parents[3]

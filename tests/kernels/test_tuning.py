@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.kernels.gpu.tuning import (
+from backend.kernels.tuning import (
     SHARED_MEMORY_BYTES,
     ExpertShape,
     TileConfig,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-TUNED_DIR = Path(__file__).parent.parent / "tuned"
+TUNED_DIR = Path(__file__).parent / "tuned"
 #: The two kernels of each phase: gate, up and activation; down.
 KERNELS = ("gate_up", "down")
 PHASES = ("decode", "prefill")

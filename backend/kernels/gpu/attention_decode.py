@@ -104,7 +104,7 @@ def _decode_kernel(
         place = (seq * KV_HEADS * GROUP + head) * SPLITS + split
         tl.store(partial_ptr + place[:, None] * DIM + lane[None, :], acc, mask=row_mask[:, None] & lane_mask[None, :])
         tl.store(tops_ptr + place, top, mask=row_mask)
-        tl.store(tops_ptr + num_seqs.to(tl.int64) * KV_HEADS * GROUP * SPLITS + place, total, mask=row_mask)
+        tl.store(tops_ptr + tl.cast(num_seqs, tl.int64) * KV_HEADS * GROUP * SPLITS + place, total, mask=row_mask)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _combine_kernel(
     mask = part < used
     place = row * SPLITS + part
     tops = tl.load(tops_ptr + place, mask=mask, other=float("-inf"))
-    totals = tl.load(tops_ptr + num_rows.to(tl.int64) * SPLITS + place, mask=mask, other=0.0)
+    totals = tl.load(tops_ptr + tl.cast(num_rows, tl.int64) * SPLITS + place, mask=mask, other=0.0)
     # -inf - -inf must not become NaN in a sequence without keys.
     share = tl.exp2(tops - tl.maximum(tl.max(tops, 0), -1e30))
     acc = tl.load(

@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 #: Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import of triton), on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -35,8 +34,3 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x [T, ...] with elements of a row side by side; rows may be strided."""
-    return x if x[0].is_contiguous() else x.contiguous()

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backend.kernels.gpu.align import align
-from backend.kernels.gpu.common import dot
+from backend.kernels.gpu.expert_tile import assignments_at, product, store_tile, tile_of, two_products
 from backend.kernels.tuning import LEAST_ROWS, ExpertShape, TileConfig, expert_tiles
 
 _COMBINE_COLUMNS = 1024
@@ -94,138 +94,6 @@ def run_with_tiles(
 
 
 @triton.jit
-def _product(
-    x_ptr,  # [*, DEPTH_SIZE]
-    w_ptr,  # [*, DEPTH_SIZE] row 0 is that of column 0
-    rows,  # [ROWS] int64, rows of x
-    row_mask,  # [ROWS]
-    columns,  # [COLUMNS] int64, rows of w
-    column_mask,  # [COLUMNS]
-    depth_size,
-    SWAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """x[rows] @ w[columns]^T as [ROWS, COLUMNS], or with SWAP as [COLUMNS, ROWS], in float32."""
-    k = tl.arange(0, DEPTH)
-    if SWAP:
-        acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-        x_ptrs = x_ptr + rows[None, :] * depth_size + k[:, None]
-        w_ptrs = w_ptr + columns[:, None] * depth_size + k[None, :]
-    else:
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        x_ptrs = x_ptr + rows[:, None] * depth_size + k[None, :]
-        w_ptrs = w_ptr + columns[None, :] * depth_size + k[:, None]
-    for start in range(0, depth_size, DEPTH):
-        inside = start + k < depth_size
-        if SWAP:
-            if EVEN:
-                x = tl.load(x_ptrs + start, mask=row_mask[None, :], other=0.0)
-                w = tl.load(w_ptrs + start)
-            else:
-                x = tl.load(x_ptrs + start, mask=row_mask[None, :] & inside[:, None], other=0.0)
-                w = tl.load(w_ptrs + start, mask=column_mask[:, None] & inside[None, :], other=0.0)
-            acc = dot(w.to(x.dtype), x, acc)
-        else:
-            if EVEN:
-                x = tl.load(x_ptrs + start, mask=row_mask[:, None], other=0.0)
-                w = tl.load(w_ptrs + start)
-            else:
-                x = tl.load(x_ptrs + start, mask=row_mask[:, None] & inside[None, :], other=0.0)
-                w = tl.load(w_ptrs + start, mask=column_mask[None, :] & inside[:, None], other=0.0)
-            acc = dot(x, w.to(x.dtype), acc)
-    return acc
-
-
-@triton.jit
-def _two_products(
-    x_ptr,
-    w_ptr,
-    rows,
-    row_mask,
-    columns,
-    column_mask,
-    offset,  # int64, rows of w between the first and the second matrix
-    depth_size,
-    SWAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """`_product` with two matrices of the same shape in one pass over x."""
-    k = tl.arange(0, DEPTH)
-    if SWAP:
-        first = tl.zeros([COLUMNS, ROWS], tl.float32)
-        x_ptrs = x_ptr + rows[None, :] * depth_size + k[:, None]
-        w_ptrs = w_ptr + columns[:, None] * depth_size + k[None, :]
-    else:
-        first = tl.zeros([ROWS, COLUMNS], tl.float32)
-        x_ptrs = x_ptr + rows[:, None] * depth_size + k[None, :]
-        w_ptrs = w_ptr + columns[None, :] * depth_size + k[:, None]
-    second = first
-    v_ptrs = w_ptrs + offset * depth_size
-    for start in range(0, depth_size, DEPTH):
-        inside = start + k < depth_size
-        if SWAP:
-            if EVEN:
-                x = tl.load(x_ptrs + start, mask=row_mask[None, :], other=0.0)
-                w = tl.load(w_ptrs + start)
-                v = tl.load(v_ptrs + start)
-            else:
-                w_mask = column_mask[:, None] & inside[None, :]
-                x = tl.load(x_ptrs + start, mask=row_mask[None, :] & inside[:, None], other=0.0)
-                w = tl.load(w_ptrs + start, mask=w_mask, other=0.0)
-                v = tl.load(v_ptrs + start, mask=w_mask, other=0.0)
-            first = dot(w.to(x.dtype), x, first)
-            second = dot(v.to(x.dtype), x, second)
-        else:
-            if EVEN:
-                x = tl.load(x_ptrs + start, mask=row_mask[:, None], other=0.0)
-                w = tl.load(w_ptrs + start)
-                v = tl.load(v_ptrs + start)
-            else:
-                w_mask = column_mask[None, :] & inside[:, None]
-                x = tl.load(x_ptrs + start, mask=row_mask[:, None] & inside[None, :], other=0.0)
-                w = tl.load(w_ptrs + start, mask=w_mask, other=0.0)
-                v = tl.load(v_ptrs + start, mask=w_mask, other=0.0)
-            first = dot(x, w.to(x.dtype), first)
-            second = dot(x, v.to(x.dtype), second)
-    return first, second
-
-
-@triton.jit
-def _store(out_ptr, value, rows, row_mask, columns, column_mask, num_columns, SWAP: tl.constexpr):
-    """Put value [ROWS, COLUMNS], with SWAP [COLUMNS, ROWS], at rows and columns of out [*, num_columns]."""
-    if SWAP:
-        place = rows[None, :] * num_columns + columns[:, None]
-        mask = row_mask[None, :] & column_mask[:, None]
-    else:
-        place = rows[:, None] * num_columns + columns[None, :]
-        mask = row_mask[:, None] & column_mask[None, :]
-    tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _assignments(order_ptr, first, end, ROWS: tl.constexpr):
-    """The assignments [ROWS] int64 at places `first`… of the sorted list, and which of them lie before `end`."""
-    place = first + tl.arange(0, ROWS)
-    mask = place < end
-    return tl.load(order_ptr + place, mask=mask, other=0).to(tl.int64), mask
-
-
-@triton.jit
-def _tile_of(program, num_tiles, blocks, GROUP: tl.constexpr):
-    """Row tile and column block of a program: groups of GROUP row tiles go through the columns together."""
-    group = program // (GROUP * blocks)
-    members = tl.minimum(num_tiles - group * GROUP, GROUP)
-    inside = program % (GROUP * blocks)
-    return group * GROUP + inside % members, inside // members
-
-
-@triton.jit
 def _gate_up_tile(
     x_ptr,
     w_ptr,
@@ -245,9 +113,9 @@ def _gate_up_tile(
     EVEN: tl.constexpr,
 ):
     """silu(gate) * up of up to ROWS assignments of one slot in one block of columns."""
-    assignment, row_mask = _assignments(order_ptr, first, end, ROWS)
+    assignment, row_mask = assignments_at(order_ptr, first, end, ROWS)
     columns = block * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-    gate, up = _two_products(
+    gate, up = two_products(
         x_ptr,
         w_ptr + slot.to(tl.int64) * 2 * size * depth_size,
         assignment // ROWS_PER_INPUT,
@@ -263,7 +131,7 @@ def _gate_up_tile(
         EVEN,
     )
     value = gate / (1.0 + tl.exp(-gate)) * up
-    _store(out_ptr, value, assignment, row_mask, columns, columns < size, size, SWAP)
+    store_tile(out_ptr, value, assignment, row_mask, columns, columns < size, size, SWAP)
 
 
 @triton.jit
@@ -305,7 +173,7 @@ def _gate_up_kernel(
                 ROWS_PER_INPUT, True, FEW_ROWS, COLUMNS, DEPTH, EVEN,
             )  # fmt: skip
     else:
-        tile, block = _tile_of(tl.program_id(0), num_tiles, tl.cdiv(size, COLUMNS), GROUP)
+        tile, block = tile_of(tl.program_id(0), num_tiles, tl.cdiv(size, COLUMNS), GROUP)
         slot = tl.load(tile_slots_ptr + tile)
         if slot >= 0:
             end = tl.load(begins_ptr + slot) + tl.load(counts_ptr + slot)
@@ -336,9 +204,9 @@ def _down_tile(
     EVEN: tl.constexpr,
 ):
     """Weighted down projection of up to ROWS assignments of one slot in one block of columns."""
-    assignment, row_mask = _assignments(order_ptr, first, end, ROWS)
+    assignment, row_mask = assignments_at(order_ptr, first, end, ROWS)
     columns = block * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
-    value = _product(
+    value = product(
         x_ptr,
         w_ptr + slot.to(tl.int64) * size * depth_size,
         assignment // ROWS_PER_INPUT,
@@ -357,7 +225,7 @@ def _down_tile(
         value *= weight[None, :]
     else:
         value *= weight[:, None]
-    _store(out_ptr, value, assignment, row_mask, columns, columns < size, size, SWAP)
+    store_tile(out_ptr, value, assignment, row_mask, columns, columns < size, size, SWAP)
 
 
 @triton.jit
@@ -400,7 +268,7 @@ def _down_kernel(
                 ROWS_PER_INPUT, True, FEW_ROWS, COLUMNS, DEPTH, EVEN,
             )  # fmt: skip
     else:
-        tile, block = _tile_of(tl.program_id(0), num_tiles, tl.cdiv(size, COLUMNS), GROUP)
+        tile, block = tile_of(tl.program_id(0), num_tiles, tl.cdiv(size, COLUMNS), GROUP)
         slot = tl.load(tile_slots_ptr + tile)
         if slot >= 0:
             end = tl.load(begins_ptr + slot) + tl.load(counts_ptr + slot)

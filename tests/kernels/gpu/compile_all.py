@@ -45,7 +45,7 @@ def launch_all(shape: str) -> None:
         gpu.grouped_experts_forward(
             meta(rows, hidden), w13, w2, meta(rows, top_k, **long), meta(rows, top_k, dtype=torch.float32)
         )
-    for rows in (DECODE_ROWS[-1], PREFILL_ROWS):
+    for rows in (DECODE_ROWS[0], DECODE_ROWS[-1], PREFILL_ROWS):  # a size of 1 is a constant to the compiler
         x = meta(rows, hidden)
         gpu.add_rms_norm(x, x, meta(hidden), 1e-6)
         gpu.rms_norm(x, meta(hidden), 1e-6)
@@ -68,9 +68,9 @@ def launch_all(shape: str) -> None:
                 replaced=meta(rows, dtype=torch.int32),
             )
     int32 = {"dtype": torch.int32}
-    q = meta(DECODE_ROWS[-1], heads + 2 * groups, dim)[:, :heads]
-    for splits in (1, 8):
-        tables = (meta(len(q), TABLE, **int32), meta(len(q), **int32))
+    for rows, splits in ((1, 1), (1, 8), (64, 1), (64, 8)):
+        q = meta(rows, heads + 2 * groups, dim)[:, :heads]
+        tables = (meta(rows, TABLE, **int32), meta(rows, **int32))
         attend_in_splits(q, cache, cache, *tables, 0.1, None, splits, 256)
     with mock.patch.object(attention_prefill, "_tiles", lambda *_: (len(q), meta(len(q), 4, **int32))):
         for window in (None, 4096):

@@ -15,10 +15,12 @@ from backend.errors import ConfigError
 
 ENV_PREFIX = "MOE_LLM_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION_BACKENDS = ("auto", "torch")
 #: The checkpoint that ships, and the name that stands for it.
 DEMO = "demo"
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "demo" / "checkpoint"
+#: Checked against device, block size and what is installed when the model loads: `backend.kernels.check_attention`.
+ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "torch")
+CUDA_GRAPHS = ("auto", "on", "off")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -57,7 +59,10 @@ class EngineConfig:
     #: File of expert similarities, for rerouting. Default: expert-similarity.safetensors of the checkpoint's folder, if
     #: it is there; `none`: none; a dummy makes one for `seeded`.
     similarity: str = ""
+    #: `auto`, `triton` and `flash_attn` (GPU only; flash_attn needs its package and a block_size of 256) or `torch`.
     attention_backend: str = "auto"
+    #: Replay decode steps as CUDA graphs: `auto` (on a GPU), `on`, `off`.
+    cuda_graphs: str = "auto"
     #: Seconds a shutdown waits for running requests before it aborts them.
     drain_timeout_s: float = 5.0
     #: Threads of the engine's CPU kernels; default: torch's own choice.
@@ -79,6 +84,7 @@ class EngineConfig:
         check(
             self.attention_backend in ATTENTION_BACKENDS, "attention_backend", "one of " + ", ".join(ATTENTION_BACKENDS)
         )
+        check(self.cuda_graphs in CUDA_GRAPHS, "cuda_graphs", "one of " + ", ".join(CUDA_GRAPHS))
         for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting", "widen_experts"):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ import torch
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.engine.batch import build_batch
+from backend.engine.cuda_graphs import CudaGraph, DecodeGraphs, Graph
 from backend.engine.scheduler import Schedule
 from backend.errors import ConfigError
+from backend.kernels import check_attention, has_triton
 from backend.models import load_model
 from backend.models.attention import KVCache
 
@@ -28,11 +31,16 @@ class ModelRunner:
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self.device = resolve_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where Triton launches
+        check_attention(config.attention_backend, self.device, config.block_size, config.dtype)
+        use_graphs = resolve_cuda_graphs(config.cuda_graphs, self.device)
         self.model = load_model(
             config.checkpoint,
             routing=config.routing,
             device=self.device,
             dtype=config.dtype,
+            attention=config.attention_backend,
             united=config.united,
             similarity=config.similarity,
         )
@@ -50,10 +58,20 @@ class ModelRunner:
             )
         self.block_size = config.block_size
         self.num_blocks = self._num_blocks(config)
+        # Graphs need a block that no sequence has.
         self.kv_cache = KVCache(
-            self.model.config, self.num_blocks, config.block_size, dtype=self.model.dtype, device=self.device
+            self.model.config,
+            self.num_blocks + use_graphs,
+            config.block_size,
+            dtype=self.model.dtype,
+            device=self.device,
         )
         self.apply(Settings())
+        #: Decode steps as CUDA graphs; None: every step is launched kernel by kernel.
+        self.graphs = self.make_graphs(config) if use_graphs else None
+        if self.graphs is not None:
+            with torch.inference_mode():
+                self.graphs.capture_all(self.model.variant)
         if self.device.type == "cpu":
             from backend.kernels.cpu.warm_up import warm_up
 
@@ -87,7 +105,24 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Logits [R, vocab] in float32, one row per sequence whose known tokens are computed by this step, in order."""
-        return self.model.forward(build_batch(schedule, self.block_size, self.device), self.kv_cache)
+        batch = build_batch(schedule, self.block_size, self.device)
+        if self.graphs is not None and self.graphs.accepts(batch):
+            return self.graphs.run(batch, self.model.variant)
+        return self.model.forward(batch, self.kv_cache)
+
+    def make_graphs(self, config: EngineConfig, new_graph: Callable[[], Graph] = CudaGraph) -> DecodeGraphs:
+        """Graphs of this model's decode steps, not captured yet; the KV cache's last block is theirs."""
+        return DecodeGraphs(
+            lambda batch: self.model.forward(batch, self.kv_cache),
+            max_rows=min(config.max_running, config.max_batch_tokens),
+            max_blocks=-(-self.max_model_len // config.block_size),
+            block_size=config.block_size,
+            spare_block=self.kv_cache.num_blocks - 1,
+            device=self.device,
+            record=self.model.step_record,
+            set_record=self.model.set_step_record,
+            new_graph=new_graph,
+        )
 
     def replaced_assignments(self, schedule: Schedule) -> list[int]:
         """Of the last step, which was `schedule`: each sequence's assignments, over all layers, that their own experts did not
@@ -122,6 +157,15 @@ class ModelRunner:
             free, _ = torch.cuda.mem_get_info(self.device)
             return int(free * _GPU_FREE_SHARE)
         return _CPU_KV_LIMIT_BYTES
+
+
+def resolve_cuda_graphs(setting: str, device: torch.device) -> bool:
+    """Whether decode steps are replayed as CUDA graphs, from the `cuda_graphs` parameter."""
+    possible = device.type == "cuda" and has_triton()
+    if setting == "on" and not possible:
+        lacking = "a CUDA device" if device.type != "cuda" else "the package triton"
+        raise ConfigError(f"parameter cuda_graphs is on, which needs {lacking}; use auto or off")
+    return setting != "off" and possible
 
 
 def resolve_device(name: str) -> torch.device:

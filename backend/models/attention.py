@@ -47,6 +47,7 @@ class Attention:
         self.qkv = Linear(backing, config.hidden_size, (q_size, kv_size, kv_size), bias=config.qkv_bias)
         self.output = Linear(backing, q_size, (config.hidden_size,), bias=config.output_bias)
         self.norm_per_head = config.qk_norm == "head"
+        self.norm_eps = config.rms_norm_eps
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":
             per_head = self.norm_per_head
@@ -65,16 +66,20 @@ class Attention:
     ) -> Tensor:
         """x [T, M], angles (cos, sin) [T, D / 2] -> [T, M]; writes the tokens' keys and values into this layer's cache."""
         qkv = self.qkv(x)
+        head_norms: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.q_norm is not None and self.k_norm is not None:
-            for norm, part in zip((self.q_norm, self.k_norm), qkv.split(self.qkv.out_sizes, dim=1)[:2], strict=True):
-                heads = part.unflatten(1, (-1, self.head_dim)) if self.norm_per_head else part
-                heads.copy_(norm(heads))
+            if self.norm_per_head:
+                head_norms = (self.q_norm.weight, self.k_norm.weight)
+            else:
+                for norm, part in zip(
+                    (self.q_norm, self.k_norm), qkv.split(self.qkv.out_sizes, dim=1)[:2], strict=True
+                ):
+                    part.copy_(norm(part))
         if self.clip is not None:
             qkv.clamp_(-self.clip, self.clip)
         heads = qkv.view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        self.kernels.apply_rope(heads[:, : self.heads + self.kv_heads], *angles)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        self.kernels.store_kv(k, v, *kv, batch.kv_slots)
+        self.kernels.rotate_and_store(heads, *angles, *kv, batch.kv_slots, *head_norms, self.norm_eps)
+        q = heads[:, : self.heads]
         return self.output(self._attend(q, batch, *kv).flatten(1))
 
     def _attend(self, q: Tensor, batch: ForwardBatch, k_cache: Tensor, v_cache: Tensor) -> Tensor:

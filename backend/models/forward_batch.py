@@ -27,3 +27,4 @@ class ForwardBatch:
     num_decodes: int
     query_lens: list[int]  # [S]
     context_lens_host: list[int]  # [S]
+    num_tokens: Tensor | None = None  # [] int32, rows from here on are padding; None: there are none

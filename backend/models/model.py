@@ -48,9 +48,9 @@ class DecoderLayer:
         if self.mlp is not None:
             yield from self.mlp.weights(f"{prefix}.mlp")
 
-    def feed_forward(self, x: Tensor, token_class: Tensor, replaced: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, token_class: Tensor, replaced: Tensor, num_tokens: Tensor | None) -> Tensor:
         if self.moe is not None:
-            return self.moe(x, token_class, replaced)
+            return self.moe(x, token_class, replaced, num_tokens)
         assert self.mlp is not None
         return self.mlp(x)
 
@@ -64,8 +64,9 @@ class MoeModel:
         dtype: torch.dtype,
         device: torch.device,
         groups: Mapping[int, Mapping[int, Tensor]] | None = None,
+        attention: str = "auto",
     ) -> None:
-        """Tensors are allocated but not filled: `load_model` does that.
+        """Tensors are allocated but not filled: `load_model` does that. `attention` as in `kernels_for`.
 
         `groups` [E], by way and layer, tell which experts are united; each way has slots of its own.
         """
@@ -74,7 +75,7 @@ class MoeModel:
         #: Type of hidden states. On a CPU float32 whatever the weights' type: torch's arithmetic on 16-bit types is several
         #: times slower there.
         self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
-        self.kernels = kernels_for(device)
+        self.kernels = kernels_for(device, attention)
         backing = Backing(dtype, self.activation_dtype, device, self.kernels)
         #: [layers, classes] float32 brownout thresholds, read by every MoE block of a step.
         self.thresholds = torch.ones(config.num_layers, len(TOKEN_CLASSES), device=device)
@@ -155,6 +156,22 @@ class MoeModel:
         tokens = sum(len(slots) for slots in layers if slots is not None)
         return [len(slots.unique()) for slots in served], sum(len(slots) for slots in served) / tokens
 
+    @property
+    def variant(self) -> tuple[str, str]:
+        """What decides which kernels a step runs, beside tensors."""
+        return self.replacement.mechanism, self.replacement.ranking
+
+    def step_record(self) -> list[Tensor]:
+        """What the last forward left for telemetry: tensors with one row per token."""
+        left = [*(block.last_slots for block in self.moe_blocks), self.last_replaced]
+        return [tensor for tensor in left if tensor is not None]
+
+    def set_step_record(self, record: Sequence[Tensor]) -> None:
+        """Take over what an earlier forward left, whose captured graph has just been replayed."""
+        *slots, self.last_replaced = record
+        for block, of_block in zip(self.moe_blocks, slots, strict=True):
+            block.last_slots = of_block
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""
@@ -167,7 +184,7 @@ class MoeModel:
                 x = layer.input_norm.after_add(x, residual)
             x = layer.attention(x, angles, batch, (kv_cache.k[i], kv_cache.v[i]))
             x = layer.post_attention_norm.after_add(x, residual)
-            x = layer.feed_forward(x, batch.token_class, replaced)
+            x = layer.feed_forward(x, batch.token_class, replaced, batch.num_tokens)
         self.last_replaced = replaced
         rows = batch.logit_rows
         x = self.final_norm.after_add(x[rows], residual[rows])

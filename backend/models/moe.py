@@ -87,10 +87,15 @@ class MoeBlock:
         """Views w13 [G, 2 * I, M] and w2 [G, M, I] of the united experts of a way, by group."""
         return self.experts.w13[self._united[way]], self.experts.w2[self._united[way]]
 
-    def __call__(self, x: Tensor, token_class: Tensor, replaced: Tensor | None = None) -> Tensor:
-        """x [T, M], token_class [T] -> [T, M]; adds each token's replaced assignments to `replaced` [T] int32."""
+    def __call__(
+        self, x: Tensor, token_class: Tensor, replaced: Tensor | None = None, num_tokens: Tensor | None = None
+    ) -> Tensor:
+        """x [T, M], token_class [T] -> [T, M]; adds each token's replaced assignments to `replaced` [T] int32.
+
+        Rows from `num_tokens` on are padding.
+        """
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
-        slots, weights = self._remap(x, experts, weights, token_class, replaced)
+        slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens)
         self.last_slots = slots
         out = self.kernels.grouped_experts_forward(x, self.experts.w13, self.experts.w2, slots, weights)
         if self.shared_expert is not None and self.shared_gate is not None:
@@ -98,7 +103,13 @@ class MoeBlock:
         return out
 
     def _remap(
-        self, x: Tensor, experts: Tensor, weights: Tensor, token_class: Tensor, replaced: Tensor | None
+        self,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        token_class: Tensor,
+        replaced: Tensor | None,
+        num_tokens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         how = self.replacement
         tables = (self.expert_map.expert_slots, self.thresholds, token_class)
@@ -110,6 +121,7 @@ class MoeBlock:
                 *tables,
                 scores=self.kernels.router_scores(x, self.router, self.router_bias) if piggyback else None,
                 renormalize=self.renormalize,
+                num_tokens=num_tokens,
                 replaced=replaced,
             )
         return self.kernels.remap_experts(
@@ -121,5 +133,6 @@ class MoeBlock:
             ranking=how.ranking,
             similarity=self.similarity,
             similarity_min=how.similarity_min,
+            num_tokens=num_tokens,
             replaced=replaced,
         )

@@ -44,12 +44,13 @@ def load_model(
     seed: int = 0,
     united: str = "",
     similarity: str = "",
+    attention: str = "auto",
 ) -> MoeModel:
     """Load a Hugging Face checkpoint folder, or make the random weights of `dummy:SHAPE`; with them what brownout needs.
 
     `routing` and `seed` act on dummies only. `united` and `similarity` as `find_united` and `load_similarity` say; for a dummy
     ways as whole numbers ("2,8") and "seeded". `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
-    bfloat16 elsewhere. Raises ConfigError naming what is wrong.
+    bfloat16 elsewhere. `attention` as in `kernels_for`. Raises ConfigError naming what is wrong.
     """
     if dtype != "auto" and dtype not in _DTYPES:
         raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -57,7 +58,7 @@ def load_model(
         config = parse_config(dummy.raw_config(checkpoint))
         if dtype == "auto":
             dtype = "float32" if device.type == "cpu" else "bfloat16"
-        model = MoeModel(config, _DTYPES[dtype], device, dummy.united_groups(united, config))
+        model = MoeModel(config, _DTYPES[dtype], device, dummy.united_groups(united, config), attention)
         dummy.fill(model, routing, seed)
         dummy.fill_brownout(model, similarity, seed)
         return model
@@ -69,7 +70,7 @@ def load_model(
             f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
         )
     found = find_united(united, folder, config)
-    model = MoeModel(config, _DTYPES[dtype], device, groups_of(found))
+    model = MoeModel(config, _DTYPES[dtype], device, groups_of(found), attention)
     load_weights(model, folder)
     fill_united(model, found)
     load_similarity(model, similarity, folder)

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from backend.kernels import cpu, kernels_for
+from backend.errors import ConfigError
+from backend.kernels import check_attention, cpu, kernels_for, reference
 from backend.kernels.reference import add_rms_norm, apply_rope, rms_norm
 
 
@@ -61,3 +62,34 @@ def test_rope_rotates_each_pair_in_place_and_only_the_given_heads() -> None:
 
 def test_every_device_has_kernels() -> None:
     assert kernels_for(torch.device("cpu")) is cpu
+
+
+def test_the_attention_backend_replaces_attention_only() -> None:
+    kernels = kernels_for(torch.device("cpu"), "torch")
+    assert kernels.decode_attention is reference.decode_attention
+    assert kernels.linear is cpu.linear
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "block_size", "installed", "message"),
+    [
+        ("triton", "cpu", 16, True, "triton, which needs a CUDA device, but the device is cpu"),
+        ("triton", "cuda", 16, False, "the package triton is not installed"),
+        ("flash_attn", "cpu", 256, True, "flash_attn, which needs a CUDA device"),
+        ("flash_attn", "cuda", 256, False, "the package flash-attn is not installed"),
+        ("flash_attn", "cuda", 16, True, "block_size to be a multiple of 256, but it is 16"),
+    ],
+)
+def test_attention_backends_that_cannot_serve_are_named(
+    monkeypatch, backend: str, device: str, block_size: int, installed: bool, message: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ConfigError, match=message):
+        check_attention(backend, torch.device(device), block_size, "auto")
+
+
+def test_flash_attention_takes_blocks_of_its_size_and_sixteen_bits(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    check_attention("flash_attn", torch.device("cuda"), 256, "bfloat16")
+    with pytest.raises(ConfigError, match="dtype bfloat16 or float16"):
+        check_attention("flash_attn", torch.device("cuda"), 256, "float32")

@@ -3,7 +3,7 @@
 from backend.kernels.reference.attention_decode import decode_attention
 from backend.kernels.reference.attention_prefill import prefill_attention
 from backend.kernels.reference.grouped_experts import grouped_experts_forward
-from backend.kernels.reference.kv_store import store_kv
+from backend.kernels.reference.kv_store import rotate_and_store, store_kv
 from backend.kernels.reference.linear import linear
 from backend.kernels.reference.remap import remap_experts, select_experts
 from backend.kernels.reference.rmsnorm import add_rms_norm, rms_norm
@@ -19,6 +19,7 @@ __all__ = [
     "prefill_attention",
     "remap_experts",
     "rms_norm",
+    "rotate_and_store",
     "route",
     "router_scores",
     "select_experts",

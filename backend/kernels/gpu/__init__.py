@@ -1,0 +1,27 @@
+"""GPU kernels in the Triton language (not the inference server of that name)."""
+
+from backend.kernels.gpu.attention_decode import decode_attention
+from backend.kernels.gpu.attention_prefill import prefill_attention
+from backend.kernels.gpu.grouped_experts import grouped_experts_forward
+from backend.kernels.gpu.kv_store import rotate_and_store, store_kv
+from backend.kernels.gpu.linear import linear
+from backend.kernels.gpu.remap import remap_experts, select_experts
+from backend.kernels.gpu.rmsnorm import add_rms_norm, rms_norm
+from backend.kernels.gpu.rope import apply_rope
+from backend.kernels.gpu.router import route, router_scores
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "grouped_experts_forward",
+    "linear",
+    "prefill_attention",
+    "remap_experts",
+    "rms_norm",
+    "rotate_and_store",
+    "route",
+    "router_scores",
+    "select_experts",
+    "store_kv",
+]

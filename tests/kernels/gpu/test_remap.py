@@ -1,0 +1,76 @@
+"""Remap decides exactly as the reference, assignment by assignment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
+
+from backend.kernels import gpu, reference
+from backend.kernels.reference.remap import remap_experts
+
+THETAS = [(0.0, 0.0), (1.0, 1.0), (0.3, 0.7), (0.5, 0.0)]
+
+
+def make(tokens: int, num_experts: int, top_k: int, way: int, seed: int) -> tuple[tuple, dict]:
+    generator = torch.Generator().manual_seed(seed)
+    skew = torch.rand(num_experts, generator=generator) * 2
+    scores = torch.rand(tokens, num_experts, generator=generator) + skew
+    weights, experts = scores.softmax(1).topk(top_k, dim=1)
+    token_class = torch.randint(0, 4, (tokens,), generator=generator).to(torch.int8)
+    united = num_experts + torch.randperm(num_experts, generator=generator) // way
+    return (experts, weights, torch.randperm(num_experts, generator=generator)), {
+        "token_class": token_class,
+        "united": united,
+    }
+
+
+@pytest.mark.parametrize("thetas", THETAS)
+@pytest.mark.parametrize(("mechanism", "ranking"), [("united", "count"), ("united", "gate_mass"), ("drop", "count")])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "top_k", "way", "padding"),
+    [(1, 6, 2, 2, 0), (19, 60, 4, 8, 3), (40, 9, 3, 4, 0), (130, 12, 5, 3, 100)],
+)
+def test_slots_and_weights_are_the_references(
+    run, tokens, num_experts, top_k, way, padding, mechanism, ranking, thetas
+) -> None:
+    (experts, weights, slots), more = make(tokens, num_experts, top_k, way, seed=tokens)
+    thresholds = torch.tensor([*thetas, 1.0, 1.0] if thetas[0] else [*thetas, 0.0, 0.0])
+    num_tokens = torch.tensor(tokens - padding) if padding else None
+    args = (experts, weights, slots, thresholds, more["token_class"], num_tokens)
+    options = {"united_slots": more["united"], "mechanism": mechanism, "ranking": ranking}
+    counts = [torch.arange(tokens, dtype=torch.int32) for _ in range(2)]
+
+    def counted(replaced: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gpu.remap_experts(*args, **options_there, replaced=replaced)
+
+    options_there = {**options, "united_slots": more["united"].to(run.device)}
+    (actual_slots, actual_weights), after = run(counted, counts[0], *args)
+    expected_slots, expected_weights = remap_experts(*args, **options, replaced=counts[1])
+    assert torch.equal(actual_slots, expected_slots)
+    used = expected_slots >= 0
+    assert torch.equal(actual_weights[used], expected_weights[used])
+    assert torch.equal(after[0], counts[1])
+
+
+def test_without_united_experts_everything_stays(run) -> None:
+    (experts, weights, slots), more = make(7, 6, 2, 2, seed=1)
+    args = (experts, weights, slots, torch.zeros(4), more["token_class"])
+    (actual_slots, actual_weights), _ = run(gpu.remap_experts, *args)
+    assert torch.equal(actual_slots, slots[experts]) and torch.equal(actual_weights, weights)
+
+
+@pytest.mark.parametrize("mechanism", ["reroute", "top_k"])
+def test_other_mechanisms_are_those_of_the_reference(run, mechanism: str) -> None:
+    (experts, weights, slots), more = make(12, 8, 3, 2, seed=2)
+    args = (experts, weights, slots, torch.tensor([0.4, 0.5, 1.0, 1.0]), more["token_class"])
+    if mechanism == "top_k":
+        actual, _ = run(gpu.select_experts, *args, renormalize=True)
+        expected = reference.remap.select_experts(*args, renormalize=True)
+    else:
+        options = {"similarity": torch.rand(8, 8), "similarity_min": torch.tensor(0.5)}
+        actual, _ = run(gpu.remap_experts, *args, mechanism=mechanism, **options)
+        expected = remap_experts(*args, mechanism=mechanism, **options)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])

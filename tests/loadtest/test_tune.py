@@ -1,0 +1,57 @@
+"""Tuning: the search finds the fastest tiles, keeps to its time, and its file is the one that kernels read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from backend.kernels.tuning import ExpertShape, TileConfig, default_tiles, entry, expert_tiles, write_entries
+from loadtest.bench import tune
+
+DECODE = ExpertShape(slots=68, hidden=2048, size=1408, tokens=64, top_k=4, dtype="bfloat16", device="some GPU")
+PREFILL = ExpertShape(slots=68, hidden=2048, size=1408, tokens=8192, top_k=4, dtype="bfloat16", device="some GPU")
+
+
+def cost(shape: ExpertShape, tiles: dict[str, TileConfig]) -> float | None:
+    """A made-up device that likes 128 columns, 5 or 4 stages, and tiles of 128 rows; 256 columns do not fit."""
+    if any(t.columns > 128 for t in tiles.values()):
+        return None
+    return sum(1000 / t.columns + 10 / t.num_stages + 1000 / t.rows + t.num_warps for t in tiles.values())
+
+
+def test_the_fastest_tiles_are_found_and_read_back(tmp_path: Path) -> None:
+    results = tune.tune([DECODE, PREFILL], cost, 60.0, Console(quiet=True))
+    for result, shape in zip(results, (DECODE, PREFILL), strict=True):
+        assert result.seconds < cost(shape, default_tiles(shape))
+        for kernel, tile in result.tiles.items():
+            every = [c for rows in (64, 128) for c in tune.candidates(shape, kernel, rows) if cost(shape, {kernel: c})]
+            of_phase = [c for c in every if c.rows == 64] if shape.phase == "decode" else every
+            assert cost(shape, {kernel: tile}) == min(cost(shape, {kernel: c}) for c in of_phase)
+    write_entries(tmp_path, DECODE, [entry(result.shape, result.tiles) for result in results])
+    for result in results:
+        assert expert_tiles(result.shape, tmp_path) == result.tiles
+
+
+def test_what_fits_nowhere_is_left_out() -> None:
+    assert tune.tune([DECODE], lambda *_: None, 5.0, Console(quiet=True)) == []
+
+
+def test_without_time_nothing_is_measured() -> None:
+    def measure(*_: object) -> float:
+        raise AssertionError("the time is over")
+
+    assert tune.tune([DECODE, PREFILL], measure, 0.0, Console(quiet=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [(["--tokens", "0"], 2, "--tokens must be at least 1"), (["--device", "cpu"], 1, "tune needs a CUDA device")],
+)
+def test_the_command_says_what_is_wrong(capsys, options: list[str], status: int, message: str) -> None:
+    parser = argparse.ArgumentParser()
+    tune.add_parser(parser.add_subparsers())
+    assert tune.run(parser.parse_args(["tune", *options])) == status
+    assert message in " ".join(capsys.readouterr().out.split())

@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from backend.errors import ConfigError
 
 ENV_PREFIX = "MOE_LLM_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_BACKENDS = ("auto", "torch")
+#: The checkpoint that ships, and the name that stands for it.
+DEMO = "demo"
+DEMO_CHECKPOINT = Path(__file__).resolve().parent / "demo" / "checkpoint"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -22,8 +26,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class EngineConfig:
     """Parameters of the engine. Sizes are in tokens unless the name says otherwise."""
 
-    #: A Hugging Face checkpoint folder, or `dummy:SHAPE` for seeded random weights made on the device.
-    checkpoint: str = "dummy:cpu-s"
+    #: A Hugging Face checkpoint folder, `demo` for the small model that ships with the product, or `dummy:SHAPE` for
+    #: seeded random weights made on the device.
+    checkpoint: str = DEMO
     #: Expert skew of a dummy checkpoint: `uniform` or `zipf:S`.
     routing: str = "uniform"
     #: `auto` (cuda if there is one), `cpu`, `cuda`, `cuda:1` …; a comma-separated list starts one engine per device.
@@ -46,23 +51,35 @@ class EngineConfig:
     max_waiting: int = 1024
     #: Responses handed to Triton per second and stub; default 300 per core.
     max_responses_per_s: int | None = None
+    #: United experts: comma-separated files, or ways W for united-W.safetensors of the checkpoint's folder. Default: all
+    #: such files there; `none`: none of them. A dummy has seeded ones for the ways listed here.
+    united: str = ""
+    #: File of expert similarities, for rerouting. Default: expert-similarity.safetensors of the checkpoint's folder, if
+    #: it is there; `none`: none; a dummy makes one for `seeded`.
+    similarity: str = ""
     attention_backend: str = "auto"
     #: Seconds a shutdown waits for running requests before it aborts them.
     drain_timeout_s: float = 5.0
     #: Threads of the engine's CPU kernels; default: torch's own choice.
     cpu_threads: int | None = None
+    #: Repeat the intermediate neurons of each routed and united expert so often and divide their down projections by it:
+    #: the same function at so many times the cost, to see on a small model what a large one gains.
+    widen_experts: int = 1
 
     def __post_init__(self) -> None:
+        if self.checkpoint == DEMO:
+            object.__setattr__(self, "checkpoint", str(DEMO_CHECKPOINT))
+
         def check(ok: bool, name: str, allowed: str) -> None:
             if not ok:
                 raise ConfigError(f"parameter {name} must be {allowed}, got {getattr(self, name)!r}")
 
-        check(bool(self.checkpoint.strip()), "checkpoint", "a checkpoint folder or dummy:SHAPE")
+        check(bool(self.checkpoint.strip()), "checkpoint", "a checkpoint folder, demo or dummy:SHAPE")
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(
             self.attention_backend in ATTENTION_BACKENDS, "attention_backend", "one of " + ", ".join(ATTENTION_BACKENDS)
         )
-        for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting"):
+        for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting", "widen_experts"):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")

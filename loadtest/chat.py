@@ -15,13 +15,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from backend.config import DEMO_CHECKPOINT
 from backend.errors import ConfigError, InvalidRequestError
 from backend.serving.tokenizer import Tokenizer, load_tokenizer
 from loadtest.clients import Clients
 from loadtest.record import RequestRecord
 
-#: The demo checkpoint that the product ships.
-DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[1] / "backend" / "demo" / "checkpoint"
 _PROMPT = "you> "
 
 
@@ -83,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=DEFAULT_CHECKPOINT,
+        default=DEMO_CHECKPOINT,
         help="folder whose chat template to use: the server's checkpoint",
     )
     parser.add_argument("--once", metavar="QUESTION", help="ask this one question and end")

@@ -1,6 +1,9 @@
-"""The demo: a real Triton server on this machine, clients of every interface at once, a table of what they saw.
+"""The demo: a real Triton server on this machine with the model that ships, asked over every interface at once.
 
 python -m loadtest.demo [--requests N] [--output DIR]
+
+A few answers are shown as they stream; then all prompts go out at once, and a table says what the clients saw. The prompts
+are questions of the model's task families, held out of its training, and chat.
 """
 
 from __future__ import annotations
@@ -8,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from backend.config import DEMO
+from backend.demo.prompts import DemoPrompt, demo_prompts
+from backend.demo.tasks import is_right
 from backend.errors import ConfigError
 from backend.serving.launch_client import running_server
 from loadtest.clients import Clients
@@ -26,33 +31,46 @@ from loadtest.record import RequestRecord, summarize, write_records
 
 #: Share of the requests that each interface gets, in turn.
 INTERFACES = ("http_stream", "grpc_stream", "http_infer", "grpc_infer")
-_WORDS = (
-    "the expert router sends every token to a few small networks and the rest of them rest while a burst of requests "
-    "waits for its turn so that nobody has to wait for long even when many people ask at once"
-).split()
+_SAMPLING = {"max_tokens": 64, "temperature": 0.0}
 
 
-def make_prompts(count: int, seed: int = 0) -> list[str]:
-    """Prompts of 3 to 80 words, the same for the same seed."""
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(_WORDS, k=rng.randint(3, 80))) for _ in range(count)]
+async def show_some(clients: Clients, prompts: list[DemoPrompt], console: Console) -> list[RequestRecord]:
+    """Ask one after another and print each answer as it streams."""
+
+    def show(piece: str) -> None:
+        console.print(piece, end="", style="bold", markup=False, highlight=False, soft_wrap=True)
+
+    records = []
+    for number, prompt in enumerate(prompts):
+        console.print(prompt.question.replace("\n", "  "), end=" →", markup=False, highlight=False, soft_wrap=True)
+        records.append(await clients.http_stream(number, prompt.text, _SAMPLING, on_text=show))
+        console.print()
+    return records
 
 
-async def send_all(http: str, grpc: str, prompts: list[str], console: Console) -> list[RequestRecord]:
+async def send_all(clients: Clients, prompts: list[DemoPrompt], console: Console) -> list[RequestRecord]:
     """Send every prompt at once, spread over the interfaces."""
-    rng = random.Random(1)
-    async with Clients(http, grpc) as clients:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("requests", total=len(prompts))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("requests", total=len(prompts))
 
-            async def send(number: int, prompt: str) -> RequestRecord:
-                sampling = {"max_tokens": lengths[number], "temperature": 0.8, "seed": number, "ignore_eos": True}
-                record = await getattr(clients, INTERFACES[number % len(INTERFACES)])(number, prompt, sampling)
-                progress.advance(task)
-                return record
+        async def send(number: int, prompt: DemoPrompt) -> RequestRecord:
+            interface = getattr(clients, INTERFACES[number % len(INTERFACES)])
+            record = await interface(number, prompt.text, _SAMPLING)
+            progress.advance(task)
+            return record
 
-            lengths = [rng.randint(16, 96) for _ in prompts]
-            return await asyncio.gather(*(send(number, prompt) for number, prompt in enumerate(prompts)))
+        return await asyncio.gather(*(send(number, prompt) for number, prompt in enumerate(prompts)))
+
+
+def examples(prompts: list[DemoPrompt], each: int = 2) -> list[DemoPrompt]:
+    """The first few prompts of every form: free answers, letters, chat."""
+    return [p for form in ("free", "letter", "chat") for p in [q for q in prompts if q.form == form][:each]]
+
+
+def right_answers(prompts: list[DemoPrompt], records: list[RequestRecord]) -> tuple[int, int]:
+    """(right answers, prompts that have one right answer)."""
+    checked = [(p, r) for p, r in zip(prompts, records, strict=True) if p.answer is not None]
+    return sum(is_right(p.form, r.text, p.answer) for p, r in checked if p.answer is not None), len(checked)
 
 
 def table_of(records: list[RequestRecord]) -> Table:
@@ -86,34 +104,45 @@ def _pair(p50_s: float, p99_s: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="loadtest.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=100, help="how many requests to send (default 100)")
+    parser = argparse.ArgumentParser(
+        prog="loadtest.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shipped = demo_prompts()
+    parser.add_argument(
+        "--requests", type=int, default=len(shipped), help="how many requests to send (default: every prompt once)"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/demo"), help="folder for the records and summary")
     args = parser.parse_args(argv)
     if args.requests < 1:
         parser.error(f"--requests must be at least 1, got {args.requests}")
     console = Console()
     args.output.mkdir(parents=True, exist_ok=True)
+    prompts = (shipped * -(-args.requests // len(shipped)))[: args.requests]
     started = time.monotonic()
     console.print("Starting Triton Inference Server with the models moe_llm and moe_llm_infer …")
+
+    async def ask(http: str, grpc: str) -> tuple[list[RequestRecord], list[RequestRecord]]:
+        async with Clients(http, grpc) as clients:
+            shown = await show_some(clients, examples(shipped), console)
+            return shown, await send_all(clients, prompts, console)
+
     try:
-        with running_server(log=args.output / "server.log") as server:
-            console.print(f"Ready after {time.monotonic() - started:.1f} s: HTTP {server.http}, gRPC {server.grpc}")
-            records = asyncio.run(send_all(server.http, server.grpc, make_prompts(args.requests), console))
+        with running_server(env={"MOE_LLM_CHECKPOINT": DEMO}, log=args.output / "server.log") as server:
+            console.print(f"Ready after {time.monotonic() - started:.1f} s: HTTP {server.http}, gRPC {server.grpc}\n")
+            shown, records = asyncio.run(ask(server.http, server.grpc))
     except ConfigError as error:
         console.print(f"[red]The server did not start:[/red] {error}")
         return 1
+    console.print()
     console.print(table_of(records))
-    example = next((record for record in records if record.text), None)
-    if example is not None:
-        console.print(
-            f"A completion (seeded random weights, so not language): {example.text[:120].strip()} …", markup=False
-        )
+    right, checked = right_answers(prompts, records)
+    console.print(f"{right} of {checked} questions with one right answer were answered right.")
     write_records(args.output / "requests.jsonl", records)
     summary = args.output / "summary.json"
-    summary.write_text(json.dumps(msgspec.to_builtins(summarize(records)), indent=2) + "\n")
+    content = msgspec.to_builtins(summarize(records)) | {"right_answers": right, "checked_answers": checked}
+    summary.write_text(json.dumps(content, indent=2) + "\n")
     console.print(f"Wrote {args.output / 'requests.jsonl'}, {summary} and {args.output / 'server.log'}.")
-    failed = [record for record in records if record.outcome != "completed"]
+    failed = [record for record in (*shown, *records) if record.outcome != "completed"]
     for record in failed[:3]:
         console.print(f"[red]{record.protocol} request {record.id} {record.outcome}:[/red] {record.error}")
     return 1 if failed else 0

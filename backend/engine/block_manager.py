@@ -2,6 +2,9 @@
 
 A block is in exactly one state: *in use* (references > 0), *cached* (no references, contents findable by hash, evictable in
 LRU order) or *free*. Only full, computed blocks are ever published under a hash, so a hit is always valid to read.
+
+A block is *pristine* if brownout replaced nothing when it and all before it were computed. Others are published under a hash
+of their own (`browned`), so that who wants the original model's keys and values never meets them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ def chain_hashes(tokens: Sequence[int], block_size: int, known: list[bytes]) -> 
         block = array("q", tokens[start : start + block_size]).tobytes()
         known.append(hashlib.blake2b(parent + block, digest_size=16).digest())
     return known
+
+
+def browned(digest: bytes) -> bytes:
+    """The hash of a block with the same tokens that is not pristine."""
+    return digest + b"~"
 
 
 class BlockManager:
@@ -50,15 +58,22 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest published prefix. Nothing changes: `acquire` takes them."""
-        found = []
+    def match(self, hashes: Iterable[bytes], pristine: bool = False) -> tuple[list[int], bool]:
+        """Blocks of the longest published prefix, pristine ones preferred, and whether all of them are.
+
+        With `pristine` no others are taken. Nothing changes: `acquire` takes them.
+        """
+        found: list[int] = []
+        all_pristine = True
         for digest in hashes:
             block = self._block_of.get(digest)
+            if block is None and not pristine:
+                block = self._block_of.get(browned(digest))
+                all_pristine = all_pristine and block is None
             if block is None:
                 break
             found.append(block)
-        return found
+        return found, all_pristine
 
     def num_available_besides(self, blocks: Iterable[int]) -> int:
         """Blocks that could still be handed out after `acquire(blocks)`."""
@@ -105,8 +120,15 @@ class BlockManager:
             elif self._references[block] < 0:
                 raise ValueError(f"block {block} released more often than taken")
 
-    def publish(self, block: int, digest: bytes) -> None:
-        """Make a full, computed block findable. If another block already carries the hash, that one stays."""
+    def publish(self, block: int, digest: bytes, pristine: bool = True) -> None:
+        """Make a full, computed block findable. If another block already carries the hash, that one stays.
+
+        A block that is not pristine is not published beside a pristine one, which serves everybody.
+        """
+        if not pristine:
+            if digest in self._block_of:
+                return
+            digest = browned(digest)
         if digest not in self._block_of and self._hash_of[block] is None:
             self._block_of[digest] = block
             self._hash_of[block] = digest

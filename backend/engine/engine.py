@@ -15,8 +15,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from backend.brownout.settings import Settings
+from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
+from backend.engine.batch import class_of
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner
@@ -47,7 +48,8 @@ class EngineStats:
     #: Of the last step, per MoE layer and per token.
     active_slots: float
     assignments_per_token: float
-    #: Share of the last step's assignments that united experts served.
+    active_slots_by_layer: list[int]
+    #: Share of the last step's assignments that united experts (or whatever replaces experts) served.
     united_share: float
 
 
@@ -65,6 +67,12 @@ class Engine:
         self.vocab_size = self.runner.model.config.vocab_size
         self.eos_token_ids = tuple(self.runner.model.config.eos_token_ids)
         self.settings = Settings()
+        #: For each token class whether its tokens may have experts replaced.
+        self._browned_classes = tuple(theta < 1.0 for theta in self.settings.by_class())
+        #: Assignments of one token in all layers.
+        model_config = self.runner.model.config
+        self._assignments = max(1, sum(model_config.moe_layers)) * model_config.top_k
+        self._united_share = 0.0
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_batch_tokens, config.max_running)
         self._requests: dict[object, Request] = {}
@@ -119,9 +127,18 @@ class Engine:
         self._forget_if_finished(request)
 
     def set_settings(self, settings: Settings) -> None:
-        """Change the brownout settings; they act in the next step."""
-        self.settings = settings
+        """Change the brownout settings; they act in the next step.
+
+        Raises ConfigError, and the old ones stay in force, if they need united experts or similarities that are not loaded.
+        """
         self.runner.apply(settings)
+        self.settings = settings
+        self._browned_classes = tuple(theta < 1.0 for theta in settings.by_class())
+
+    @property
+    def available(self) -> Available:
+        """Brownout settings that this engine's model can follow."""
+        return self.runner.available
 
     def step(self) -> list[Event]:
         """Compute one batch and return what happened. Without work that can run, returns only expired requests."""
@@ -147,18 +164,21 @@ class Engine:
             requests_waiting=len(self._not_started),
             kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
             settings_version=self.settings.version,
-            active_slots=active_slots,
+            active_slots=sum(active_slots) / max(1, len(active_slots)),
             assignments_per_token=assignments_per_token,
-            united_share=0.0,
+            active_slots_by_layer=active_slots,
+            united_share=self._united_share,
         )
 
     def _book(self, schedule: Schedule) -> list[Sequence]:
         """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""
         ready = []
-        for sequence, count in zip(schedule.sequences, schedule.num_tokens, strict=True):
+        pristine = self._book_replaced(schedule)
+        for sequence, count, untouched in zip(schedule.sequences, schedule.num_tokens, pristine, strict=True):
             request = sequence.request
             self._not_started.discard(request.request_id)
-            self.scheduler.computed(sequence, count)
+            sequence.num_run += count
+            self.scheduler.computed(sequence, count, untouched)
             if sequence.prompt_computed and not request.siblings_started:
                 request.siblings_started = True
                 for sibling in request.sequences[1:]:
@@ -167,6 +187,23 @@ class Engine:
             if sequence.num_computed == len(sequence.tokens):
                 ready.append(sequence)
         return ready
+
+    def _book_replaced(self, schedule: Schedule) -> list[bool]:
+        """Record what brownout replaced in this step; returns for each sequence whether that is nothing.
+
+        With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
+        """
+        if not any(self._browned_classes):
+            self._united_share = 0.0
+            return [True] * len(schedule.sequences)
+        pristine, total = [], 0
+        replaced = self.runner.replaced_assignments(schedule)
+        for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
+            sequence.num_replaced += num_replaced
+            total += num_replaced
+            pristine.append(not self._browned_classes[class_of(sequence, count)])
+        self._united_share = total / (sum(schedule.num_tokens) * self._assignments)
+        return pristine
 
     def _sample_row(self, sequence: Sequence) -> SampleRow:
         params = sequence.request.params
@@ -186,6 +223,7 @@ class Engine:
             return RequestEnded(request.request_id, "failed", sampled.error)
         token = sampled.token_id
         sequence.tokens.append(token)
+        united_share = sequence.num_replaced / (sequence.num_run * self._assignments) if sequence.num_replaced else 0.0
         reason = None
         if (token in self.eos_token_ids and not params.ignore_eos) or token in params.stop_token_ids:
             reason = FINISH_STOP
@@ -195,7 +233,7 @@ class Engine:
             self._remove(sequence, reason)
             self._forget_if_finished(request)
         return TokenOutput(
-            request.request_id, sequence.index, token, reason, sampled.logprob, sampled.rank, sampled.top
+            request.request_id, sequence.index, token, reason, sampled.logprob, sampled.rank, sampled.top, united_share
         )
 
     def _remove(self, sequence: Sequence, reason: str) -> None:

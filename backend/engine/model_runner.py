@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
-from backend.brownout.settings import Settings
+from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.engine.batch import build_batch
 from backend.engine.scheduler import Schedule
@@ -27,7 +28,20 @@ class ModelRunner:
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self.device = resolve_device(device)
-        self.model = load_model(config.checkpoint, routing=config.routing, device=self.device, dtype=config.dtype)
+        self.model = load_model(
+            config.checkpoint,
+            routing=config.routing,
+            device=self.device,
+            dtype=config.dtype,
+            united=config.united,
+            similarity=config.similarity,
+        )
+        #: Brownout settings that the model can follow.
+        self.available = Available(
+            self.model.ways, all(block.similarity is not None for block in self.model.moe_blocks)
+        )
+        if config.widen_experts > 1:
+            self.model.widen_experts(config.widen_experts)
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:
@@ -45,9 +59,11 @@ class ModelRunner:
 
             warm_up(self.model.dtype)  # loads machine code, or compiles it: not in the middle of a request
         log.info(
-            "model on %s: weights %.2f GiB, KV cache %.2f GiB (%d blocks of %d tokens), context %d tokens",
+            "model on %s: weights %.2f GiB, united experts %.2f GiB (ways: %s), KV cache %.2f GiB (%d blocks of %d tokens), context %d tokens",
             self.device,
             self.model.weight_bytes() / 2**30,
+            self.model.united_bytes() / 2**30,
+            ", ".join(map(str, self.model.ways)) or "none",
             self.num_blocks * self._block_bytes(config) / 2**30,
             self.num_blocks,
             config.block_size,
@@ -55,13 +71,27 @@ class ModelRunner:
         )
 
     def apply(self, settings: Settings) -> None:
-        """Write the thresholds into the model's device tables; they act from the next step on."""
+        """Write the settings into the model's device tables; they act from the next step on.
+
+        Raises ConfigError, and changes nothing, if they need united experts or similarities that are not loaded.
+        """
+        way = self.available.way_of(settings)
         self.model.set_thresholds([settings.by_class()] * self.model.config.num_layers)
+        # With every threshold at 1 all mechanisms do nothing; this one does it most cheaply.
+        mechanism = settings.mechanism if settings.dims else "united"
+        self.model.set_replacement(mechanism, settings.ranking, way, settings.similarity_min)
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Logits [R, vocab] in float32, one row per sequence whose known tokens are computed by this step, in order."""
         return self.model.forward(build_batch(schedule, self.block_size, self.device), self.kv_cache)
+
+    def replaced_assignments(self, schedule: Schedule) -> list[int]:
+        """Of the last step, which was `schedule`: each sequence's assignments, over all layers, that their own experts did not
+        serve. Reads the device."""
+        assert self.model.last_replaced is not None
+        starts = np.cumsum([0, *schedule.num_tokens[:-1]])
+        return np.add.reduceat(self.model.last_replaced.cpu().numpy(), starts).tolist()
 
     def _block_bytes(self, config: EngineConfig) -> int:
         return KVCache.block_bytes(self.model.config, config.block_size, self.model.dtype)

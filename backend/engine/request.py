@@ -26,7 +26,10 @@ class Sequence:
     """One stream of tokens: the prompt, then what was sampled.
 
     `tokens[:num_computed]` have their keys and values in `blocks`; the scheduler lets computed tokens catch up with known
-    ones. `hashes` are the chain hashes of the full blocks known so far (see BlockManager).
+    ones. `hashes` are the chain hashes of the full blocks known so far (see BlockManager). `pristine` tells that no block so
+    far holds keys and values that brownout touched. `num_run` counts the tokens that were computed for this sequence
+    (again after a preemption, not those found in the prefix cache), `num_replaced` their assignments that other than their
+    own experts served.
     """
 
     __slots__ = (
@@ -34,9 +37,13 @@ class Sequence:
         "finish_reason",
         "hashes",
         "index",
+        "never_browned",
         "num_computed",
         "num_prompt",
         "num_published",
+        "num_replaced",
+        "num_run",
+        "pristine",
         "request",
         "seed",
         "sort_key",
@@ -50,6 +57,10 @@ class Sequence:
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
         self.num_published = 0
+        self.never_browned = request.params.brownout == "never"
+        self.pristine = True
+        self.num_run = 0
+        self.num_replaced = 0
         self.blocks = array("i")
         self.hashes: list[bytes] = []
         self.finish_reason: str | None = None
@@ -105,7 +116,7 @@ class TokenOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     logprob: float | None = None
     rank: int | None = None
     top: list[tuple[int, float]] | None = None
-    #: Share of the sequence's routed assignments that united experts served so far.
+    #: Share of the sequence's routed assignments so far that united experts (or whatever replaces experts) served.
     united_share: float = 0.0
 
 

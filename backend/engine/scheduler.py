@@ -94,14 +94,18 @@ class Scheduler:
         work.num_decodes = sum(1 for count in work.num_tokens if count == 1)
         return work
 
-    def computed(self, sequence: Sequence, num_tokens: int) -> None:
-        """Book `num_tokens` as computed and publish the blocks that are now full."""
+    def computed(self, sequence: Sequence, num_tokens: int, pristine: bool = True) -> None:
+        """Book `num_tokens` as computed and publish the blocks that are now full.
+
+        `pristine`: brownout replaced none of their experts.
+        """
         sequence.num_computed += num_tokens
+        sequence.pristine = sequence.pristine and pristine
         num_full = sequence.num_computed // self.blocks.block_size
         if num_full > sequence.num_published:
             chain_hashes(sequence.tokens, self.blocks.block_size, sequence.hashes)
             for i in range(sequence.num_published, num_full):
-                self.blocks.publish(sequence.blocks[i], sequence.hashes[i])
+                self.blocks.publish(sequence.blocks[i], sequence.hashes[i], sequence.pristine)
             sequence.num_published = num_full
 
     def _admit(self) -> Sequence | None:
@@ -113,7 +117,7 @@ class Scheduler:
         size = self.blocks.block_size
         hashes = chain_hashes(sequence.tokens, size, sequence.hashes)
         # At least one token is computed anew: its logits are needed.
-        hit = self.blocks.match(hashes[: (len(sequence.tokens) - 1) // size])
+        hit, pristine = self.blocks.match(hashes[: (len(sequence.tokens) - 1) // size], sequence.never_browned)
         needed = self.blocks.blocks_for(len(sequence.tokens)) - len(hit)
         # One spare block per running sequence, so that an admission does not cause a preemption in the next step.
         spare = len(self.running)
@@ -125,6 +129,7 @@ class Scheduler:
         sequence.blocks.extend(self.blocks.allocate(needed))
         sequence.num_computed = len(hit) * size
         sequence.num_published = len(hit)
+        sequence.pristine = pristine
         insort(self.running, sequence, key=_sort_key)
         return sequence
 

@@ -22,6 +22,10 @@ class ExpertMap:
         self.num_slots = num_slots
         #: [E] int64, slot of each logical expert's original weights.
         self.expert_slots: Tensor = torch.arange(num_experts, device=device)
+        #: [E] int64, slot of the united expert of each expert's group, in the way that is in use; experts of one group have
+        #: the same. Without a way in use every expert is alone in its group, so that none is ever replaced.
+        self.united_slots: Tensor = torch.arange(num_experts, device=device)
+        self._united_slots_of_way: dict[int, Tensor] = {}
 
     def assign(self, expert_slots: Sequence[int]) -> None:
         """Serve expert e from slot `expert_slots[e]` from the next step on."""
@@ -30,3 +34,21 @@ class ExpertMap:
         if not all(0 <= slot < self.num_slots for slot in expert_slots):
             raise ValueError(f"slots must lie between 0 and {self.num_slots - 1}")
         self.expert_slots.copy_(torch.tensor(expert_slots))
+
+    @property
+    def ways(self) -> tuple[int, ...]:
+        """Ways whose united experts have slots, ascending."""
+        return tuple(sorted(self._united_slots_of_way))
+
+    def add_way(self, way: int, groups: Tensor, first_slot: int) -> None:
+        """Serve group g of `groups` [E] int64 from slot `first_slot + g` when `way` is in use."""
+        if groups.shape != (self.num_experts,):
+            raise ValueError(f"expected a group for each of {self.num_experts} experts, got {list(groups.shape)}")
+        if groups.min() < 0 or first_slot < self.num_experts or first_slot + int(groups.max()) >= self.num_slots:
+            raise ValueError(f"united slots must lie between {self.num_experts} and {self.num_slots - 1}")
+        self._united_slots_of_way[way] = (first_slot + groups).to(self.united_slots)
+
+    def use_way(self, way: int) -> None:
+        """From the next step on, replaced experts are served by the united experts of this way; 0: by none."""
+        slots = self._united_slots_of_way[way] if way else torch.arange(self.num_experts)
+        self.united_slots.copy_(slots)

@@ -16,6 +16,17 @@ class ExpertWeights:
         self.w13 = torch.empty(num_slots, 2 * expert_size, hidden_size, dtype=dtype, device=device)
         self.w2 = torch.empty(num_slots, hidden_size, expert_size, dtype=dtype, device=device)
 
+    def widen(self, times: int) -> None:
+        """Repeat every intermediate neuron `times` times and divide w2 by it: the same function, `times` the cost.
+
+        The tensors are replaced, so this belongs before anything holds on to them. One of them is held twice meanwhile.
+        """
+        num_slots, hidden_size, size = self.w2.shape
+        w13 = self.w13.view(num_slots, 2, size, hidden_size).repeat_interleave(times, dim=2)
+        self.w13 = w13.view(num_slots, 2 * size * times, hidden_size)
+        self.w2 = (self.w2 / times).repeat_interleave(times, dim=2)
+        self.expert_size = size * times
+
     def gate(self, slot: int) -> Tensor:
         """View [I, M] of a slot's gate projection."""
         return self.w13[slot, : self.expert_size]

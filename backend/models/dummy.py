@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backend.errors import ConfigError
+from backend.models.config import ModelConfig
 from backend.models.model import MoeModel
 
 PREFIX = "dummy:"
@@ -138,6 +139,34 @@ def fill(model: MoeModel, routing: str, seed: int) -> None:
         for layer in model.layers:
             if layer.moe is not None:
                 layer.moe.router_bias = _zipf_bias(model.config.num_experts, exponent, generator)
+
+
+def united_groups(parameter: str, config: ModelConfig) -> dict[int, dict[int, Tensor]]:
+    """Groups [E] of neighbouring experts by way and layer; `parameter` lists ways as whole numbers, empty or `none`: no way."""
+    names = [] if parameter in ("", "none") else [name.strip() for name in parameter.split(",")]
+    if not all(name.isdecimal() and 2 <= int(name) <= min(64, config.num_experts) for name in names):
+        raise ConfigError(
+            "parameter united of a dummy checkpoint must be whole numbers from 2 to the number of experts (at most 64), "
+            f"separated by commas, or none; got {parameter!r}"
+        )
+    groups = torch.arange(config.num_experts)
+    layers = [i for i, has_experts in enumerate(config.moe_layers) if has_experts]
+    return {int(name): {i: groups // int(name) for i in layers} for name in names}
+
+
+def fill_brownout(model: MoeModel, similarity: str, seed: int) -> None:
+    """Each united expert becomes the mean of its group's experts; `similarity` "seeded" makes random tables from 0 to 1."""
+    if similarity not in ("", "none", "seeded"):
+        raise ConfigError(f"parameter similarity of a dummy checkpoint must be seeded or none, got {similarity!r}")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    num_experts = model.config.num_experts
+    for block in model.moe_blocks:
+        for way in model.ways:
+            for united, originals in zip(block.united_weights(way), (block.experts.w13, block.experts.w2), strict=True):
+                for group, members in enumerate(originals[:num_experts].split(way)):
+                    united[group].copy_(members.float().mean(0))
+        if similarity == "seeded":
+            block.similarity = torch.rand(num_experts, num_experts, generator=generator, device=model.device)
 
 
 def _normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,28 @@ from backend.models.attention import Attention, KVCache
 from backend.models.config import ModelConfig
 from backend.models.forward_batch import ForwardBatch
 from backend.models.layers import Backing, GatedMLP, NamedWeight, RMSNorm, RotaryAngles
-from backend.models.moe import MoeBlock
+from backend.models.moe import MoeBlock, Replacement
 
 
 class DecoderLayer:
     """Attention and an expert block (or, in layers without experts, an MLP), each behind a norm and a residual."""
 
-    def __init__(self, backing: Backing, config: ModelConfig, layer: int, thresholds: Tensor) -> None:
+    def __init__(
+        self,
+        backing: Backing,
+        config: ModelConfig,
+        layer: int,
+        thresholds: Tensor,
+        replacement: Replacement,
+        groups: Mapping[int, Tensor],
+    ) -> None:
         self.input_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(backing, config, layer)
         self.post_attention_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
         self.moe: MoeBlock | None = None
         self.mlp: GatedMLP | None = None
         if config.moe_layers[layer]:
-            self.moe = MoeBlock(backing, config, thresholds)
+            self.moe = MoeBlock(backing, config, thresholds, replacement, groups)
         else:
             self.mlp = GatedMLP(backing, config.hidden_size, config.dense_size)
 
@@ -40,9 +48,9 @@ class DecoderLayer:
         if self.mlp is not None:
             yield from self.mlp.weights(f"{prefix}.mlp")
 
-    def feed_forward(self, x: Tensor, token_class: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, token_class: Tensor, replaced: Tensor) -> Tensor:
         if self.moe is not None:
-            return self.moe(x, token_class)
+            return self.moe(x, token_class, replaced)
         assert self.mlp is not None
         return self.mlp(x)
 
@@ -50,8 +58,18 @@ class DecoderLayer:
 class MoeModel:
     """A mixture-of-experts language model with its weights on one device."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Tensors are allocated but not filled: `load_model` does that."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Mapping[int, Mapping[int, Tensor]] | None = None,
+    ) -> None:
+        """Tensors are allocated but not filled: `load_model` does that.
+
+        `groups` [E], by way and layer, tell which experts are united; each way has slots of its own.
+        """
+        groups = groups or {}
         self.config, self.dtype, self.device = config, dtype, device
         #: Type of hidden states. On a CPU float32 whatever the weights' type: torch's arithmetic on 16-bit types is several
         #: times slower there.
@@ -62,7 +80,21 @@ class MoeModel:
         self.thresholds = torch.ones(config.num_layers, len(TOKEN_CLASSES), device=device)
         self.embedding = backing.matrix(config.vocab_size, config.hidden_size)
         self.angles = RotaryAngles(backing, config)
-        self.layers = [DecoderLayer(backing, config, i, self.thresholds[i]) for i in range(config.num_layers)]
+        self.replacement = Replacement(torch.zeros((), device=device))
+        self.layers = [
+            DecoderLayer(
+                backing,
+                config,
+                i,
+                self.thresholds[i],
+                self.replacement,
+                {way: layers[i] for way, layers in groups.items() if i in layers},
+            )
+            for i in range(config.num_layers)
+        ]
+        self.ways = tuple(sorted(groups))
+        #: [T] int32, of each token of the last step the assignments of all layers that its own experts did not serve.
+        self.last_replaced: Tensor | None = None
         self.final_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = self.embedding if tied else backing.matrix(config.vocab_size, config.hidden_size)
@@ -80,22 +112,48 @@ class MoeModel:
         """Bytes of all weights."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.weights())
 
+    def united_bytes(self) -> int:
+        """Bytes of the united experts' weights, of all ways together."""
+        views = (view for block in self.moe_blocks for way in self.ways for view in block.united_weights(way))
+        return sum(view.numel() * view.element_size() for view in views)
+
+    @property
+    def moe_blocks(self) -> list[MoeBlock]:
+        return [layer.moe for layer in self.layers if layer.moe is not None]
+
+    def moe_block(self, layer: int) -> MoeBlock:
+        """The block of a layer that has experts."""
+        moe = self.layers[layer].moe
+        assert moe is not None
+        return moe
+
+    def widen_experts(self, times: int) -> None:
+        """Make each routed and united expert `times` as wide and expensive without changing what it computes."""
+        for block in self.moe_blocks:
+            block.experts.widen(times)
+
     def set_thresholds(self, table: Sequence[Sequence[float]] | Tensor) -> None:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
         self.thresholds.copy_(torch.as_tensor(table, dtype=torch.float32))
 
-    def slot_usage(self) -> tuple[float, float]:
-        """Of the last step: active slots per MoE layer, and assignments per token; zeros before the first step.
+    def set_replacement(self, mechanism: str, ranking: str, way: int, similarity_min: float) -> None:
+        """How experts are replaced from the next forward on; `way` is one of `ways`, or 0 for no united experts."""
+        self.replacement.mechanism, self.replacement.ranking = mechanism, ranking
+        self.replacement.similarity_min.fill_(similarity_min)
+        for block in self.moe_blocks:
+            block.expert_map.use_way(way)
 
-        Reads the device, so it is for occasional telemetry.
+    def slot_usage(self) -> tuple[list[int], float]:
+        """Of the last step: active slots of each MoE layer, and assignments per token and layer that were computed.
+
+        Zeros before the first step. Reads the device, so it is for occasional telemetry.
         """
-        layers = [layer.moe.last_slots for layer in self.layers if layer.moe is not None]
+        layers = [block.last_slots for block in self.moe_blocks]
         served = [slots[slots >= 0] for slots in layers if slots is not None]
         if not served:
-            return 0.0, 0.0
+            return [0] * len(layers), 0.0
         tokens = sum(len(slots) for slots in layers if slots is not None)
-        active = sum(len(slots.unique()) for slots in served)
-        return active / len(served), sum(len(slots) for slots in served) / tokens
+        return [len(slots.unique()) for slots in served], sum(len(slots) for slots in served) / tokens
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
@@ -103,12 +161,14 @@ class MoeModel:
         angles = self.angles(batch.positions)
         residual = F.embedding(batch.token_ids, self.embedding).to(self.activation_dtype)
         x = self.layers[0].input_norm(residual)
+        replaced = torch.zeros(len(x), dtype=torch.int32, device=x.device)
         for i, layer in enumerate(self.layers):
             if i:
                 x = layer.input_norm.after_add(x, residual)
             x = layer.attention(x, angles, batch, (kv_cache.k[i], kv_cache.v[i]))
             x = layer.post_attention_norm.after_add(x, residual)
-            x = layer.feed_forward(x, batch.token_class)
+            x = layer.feed_forward(x, batch.token_class, replaced)
+        self.last_replaced = replaced
         rows = batch.logit_rows
         x = self.final_norm.after_add(x[rows], residual[rows])
         return self.kernels.linear(x, self.lm_head).float()

@@ -2,33 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from backend.experts.expert_map import ExpertMap
 from backend.experts.weight_store import ExpertWeights
+from backend.kernels.reference.remap import BY_TOKEN
 from backend.models.config import ModelConfig
 from backend.models.layers import Backing, GatedMLP, Linear, NamedWeight
 
 
-class MoeBlock:
-    """One layer's router, experts and, in some families, shared expert behind a sigmoid gate."""
+@dataclass
+class Replacement:
+    """How all MoE blocks of a model replace experts where a threshold is below 1; see `backend.kernels.reference.remap`.
 
-    def __init__(self, backing: Backing, config: ModelConfig, thresholds: Tensor) -> None:
-        """`thresholds` [classes] is this layer's row of the model's table, which is updated in place."""
+    `mechanism` and `ranking` are plain values, so a captured graph belongs to one pair of them; the rest, and all tables, are
+    tensors that change in place.
+    """
+
+    #: [] float32, for `reroute`.
+    similarity_min: Tensor
+    mechanism: str = "united"
+    ranking: str = "count"
+
+
+class MoeBlock:
+    """One layer's router, experts and, in some families, shared expert behind a sigmoid gate.
+
+    Slots of the expert weights: the originals, then the united experts of each way, ascending.
+    """
+
+    def __init__(
+        self,
+        backing: Backing,
+        config: ModelConfig,
+        thresholds: Tensor,
+        replacement: Replacement,
+        groups: Mapping[int, Tensor],
+    ) -> None:
+        """`thresholds` [classes] is this layer's row of the model's table; `groups` [E] by way of united experts."""
         self.kernels = backing.kernels
         self.top_k, self.renormalize = config.top_k, config.norm_topk_prob
         self.names = config.names
         self.thresholds = thresholds
+        self.replacement = replacement
+        #: [E, E] float32, how well one expert stands in for another; None: not known.
+        self.similarity: Tensor | None = None
         self.router = backing.matrix(config.num_experts, config.hidden_size)
         #: [E] float32 added to the router's logits; dummy models skew their routing with it.
         self.router_bias: Tensor | None = None
-        self.expert_map = ExpertMap(config.num_experts, config.num_experts, backing.device)
-        self.experts = ExpertWeights(
-            config.num_experts, config.hidden_size, config.expert_size, backing.dtype, backing.device
-        )
+        num_slots = config.num_experts
+        self._united: dict[int, slice] = {}
+        for way in sorted(groups):
+            self._united[way] = slice(num_slots, num_slots + int(groups[way].max()) + 1)
+            num_slots = self._united[way].stop
+        self.expert_map = ExpertMap(config.num_experts, num_slots, backing.device)
+        for way, slots in self._united.items():
+            self.expert_map.add_way(way, groups[way], slots.start)
+        self.experts = ExpertWeights(num_slots, config.hidden_size, config.expert_size, backing.dtype, backing.device)
         #: [T, K] slots that served the last step's assignments, for telemetry.
         self.last_slots: Tensor | None = None
         self.shared_expert: GatedMLP | None = None
@@ -49,14 +83,43 @@ class MoeBlock:
             yield from self.shared_expert.weights(f"{prefix}.shared_expert")
             yield from self.shared_gate.weights(f"{prefix}.shared_expert_gate")
 
-    def __call__(self, x: Tensor, token_class: Tensor) -> Tensor:
-        """x [T, M], token_class [T] -> [T, M]."""
+    def united_weights(self, way: int) -> tuple[Tensor, Tensor]:
+        """Views w13 [G, 2 * I, M] and w2 [G, M, I] of the united experts of a way, by group."""
+        return self.experts.w13[self._united[way]], self.experts.w2[self._united[way]]
+
+    def __call__(self, x: Tensor, token_class: Tensor, replaced: Tensor | None = None) -> Tensor:
+        """x [T, M], token_class [T] -> [T, M]; adds each token's replaced assignments to `replaced` [T] int32."""
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
-        slots, weights = self.kernels.remap_experts(
-            experts, weights, self.expert_map.expert_slots, self.thresholds, token_class
-        )
+        slots, weights = self._remap(x, experts, weights, token_class, replaced)
         self.last_slots = slots
         out = self.kernels.grouped_experts_forward(x, self.experts.w13, self.experts.w2, slots, weights)
         if self.shared_expert is not None and self.shared_gate is not None:
             out.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared_expert(x))
         return out
+
+    def _remap(
+        self, x: Tensor, experts: Tensor, weights: Tensor, token_class: Tensor, replaced: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        how = self.replacement
+        tables = (self.expert_map.expert_slots, self.thresholds, token_class)
+        if how.mechanism in BY_TOKEN:
+            piggyback = how.mechanism == "piggyback"
+            return self.kernels.select_experts(
+                experts,
+                weights,
+                *tables,
+                scores=self.kernels.router_scores(x, self.router, self.router_bias) if piggyback else None,
+                renormalize=self.renormalize,
+                replaced=replaced,
+            )
+        return self.kernels.remap_experts(
+            experts,
+            weights,
+            *tables,
+            united_slots=self.expert_map.united_slots,
+            mechanism=how.mechanism,
+            ranking=how.ranking,
+            similarity=self.similarity,
+            similarity_min=how.similarity_min,
+            replaced=replaced,
+        )

@@ -13,6 +13,7 @@ from backend.errors import ConfigError
 from backend.models import dummy, mixtral, olmoe, qwen2_moe, qwen3_moe
 from backend.models.config import ModelConfig, token_ids
 from backend.models.model import MoeModel
+from backend.models.united import fill_united, find_united, groups_of, load_similarity
 from backend.models.weights import load_weights
 
 _FAMILIES = (qwen2_moe, qwen3_moe, mixtral, olmoe)
@@ -35,11 +36,19 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def load_model(
-    checkpoint: str, *, routing: str = "uniform", device: torch.device, dtype: str = "auto", seed: int = 0
+    checkpoint: str,
+    *,
+    routing: str = "uniform",
+    device: torch.device,
+    dtype: str = "auto",
+    seed: int = 0,
+    united: str = "",
+    similarity: str = "",
 ) -> MoeModel:
-    """Load a Hugging Face checkpoint folder, or make the random weights of `dummy:SHAPE`.
+    """Load a Hugging Face checkpoint folder, or make the random weights of `dummy:SHAPE`; with them what brownout needs.
 
-    `routing` and `seed` act on dummies only. `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
+    `routing` and `seed` act on dummies only. `united` and `similarity` as `find_united` and `load_similarity` say; for a dummy
+    ways as whole numbers ("2,8") and "seeded". `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
     bfloat16 elsewhere. Raises ConfigError naming what is wrong.
     """
     if dtype != "auto" and dtype not in _DTYPES:
@@ -48,8 +57,9 @@ def load_model(
         config = parse_config(dummy.raw_config(checkpoint))
         if dtype == "auto":
             dtype = "float32" if device.type == "cpu" else "bfloat16"
-        model = MoeModel(config, _DTYPES[dtype], device)
+        model = MoeModel(config, _DTYPES[dtype], device, dummy.united_groups(united, config))
         dummy.fill(model, routing, seed)
+        dummy.fill_brownout(model, similarity, seed)
         return model
     folder = Path(checkpoint)
     config = read_config(folder)
@@ -58,8 +68,11 @@ def load_model(
         raise ConfigError(
             f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
         )
-    model = MoeModel(config, _DTYPES[dtype], device)
+    found = find_united(united, folder, config)
+    model = MoeModel(config, _DTYPES[dtype], device, groups_of(found))
     load_weights(model, folder)
+    fill_united(model, found)
+    load_similarity(model, similarity, folder)
     return model
 
 

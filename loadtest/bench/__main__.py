@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from backend.brownout.settings import Settings
+from backend.brownout.settings import MECHANISMS, Settings
 from backend.config import DTYPES
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX, SHAPES
@@ -36,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("engine", parents=[common], help="the engine alone, with or without peers")
     one.add_argument("--threshold-prefill", type=float, default=1.0)
     one.add_argument("--threshold-decode", type=float, default=1.0)
+    one.add_argument(
+        "--way", type=int, default=0, help="experts per united expert (default: the largest loaded way; 8 for a shape)"
+    )
+    one.add_argument("--mechanism", choices=MECHANISMS, default="united")
     one.add_argument("--routing", default="uniform", help="expert skew of a shape: uniform or zipf:S")
     one.add_argument("--peer", action="append", choices=["transformers"], default=[], help="measure this one in turn")
     commands.add_parser("server", parents=[common], help="through Triton Inference Server, against the engine alone")
@@ -53,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
             if args.command == "engine":
-                settings = Settings(threshold_prefill=args.threshold_prefill, threshold_decode=args.threshold_decode)
+                settings = Settings(
+                    threshold_prefill=args.threshold_prefill,
+                    threshold_decode=args.threshold_decode,
+                    mechanism=args.mechanism,
+                    way=args.way,
+                )
                 result = engine.run(
                     checkpoint=checkpoint,
                     work=work,

@@ -15,8 +15,11 @@ from backend.engine.engine import Engine
 from backend.engine.request import Request, TokenOutput
 from backend.engine.sampling_params import SamplingParams
 from backend.models.dummy import PREFIX
-from loadtest.bench.peers import TransformersPeer, export_shape
+from loadtest.bench.peers import TransformersPeer, export_shape, export_united
 from loadtest.bench.workload import Rates, Workload, machine, peak_memory_bytes
+
+#: Way of a shape's seeded united experts if none is asked for.
+_SHAPE_WAY = 8
 
 
 class OurEngine:
@@ -26,7 +29,7 @@ class OurEngine:
         self.engine = Engine(config)
         self.engine.set_settings(settings)
         #: Of the step half-way through the last run, when all requests decode.
-        self.active_slots = self.assignments_per_token = 0.0
+        self.stats = self.engine.stats()
 
     def time_s(self, prompts: list[list[int]], new_tokens: int) -> float:
         """Seconds from handing over all prompts to the last token. No prompt is cached from an earlier run."""
@@ -39,8 +42,7 @@ class OurEngine:
         while self.engine.has_work:
             made = sum(isinstance(event, TokenOutput) for event in self.engine.step())
             if tokens < half <= tokens + made:
-                stats = self.engine.stats()
-                self.active_slots, self.assignments_per_token = stats.active_slots, stats.assignments_per_token
+                self.stats = self.engine.stats()
             tokens += made
         elapsed = time.perf_counter() - started
         if tokens != len(prompts) * new_tokens:
@@ -61,15 +63,24 @@ def run(
 ) -> dict[str, object]:
     """Measure ours and the peers in turn, run by run; returns the result as written to JSON."""
     with contextlib.ExitStack() as stack:
+        united = similarity = ""
+        if checkpoint.startswith(PREFIX) and settings.dims:
+            united = str(settings.way or _SHAPE_WAY)
+            similarity = "seeded" if settings.mechanism == "reroute" else ""
         if peers and checkpoint.startswith(PREFIX):
             # Peers read files: seeded weights are written once, and everyone loads them from there.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
             checkpoint = str(export_shape(checkpoint, folder, dtype))
+            if united:
+                export_united(folder, int(united))
+                united = ""
         config = EngineConfig(
             checkpoint=checkpoint,
             routing=routing,
             device=device,
             dtype=dtype,
+            united=united,
+            similarity=similarity,
             max_model_len=work.prompt_tokens + work.new_tokens,
             max_running=max(256, work.requests),
             max_waiting=max(1024, work.requests),
@@ -91,12 +102,16 @@ def run(
     result |= {f: getattr(median, f) for f in Rates.__struct_fields__}
     result |= {
         "step_ms": work.requests / median.decode_tokens_per_s * 1e3,
-        "active_slots_per_layer": ours.active_slots,
-        "assignments_per_token": ours.assignments_per_token,
+        "active_slots_per_layer": ours.stats.active_slots,
+        "active_slots_by_layer": ours.stats.active_slots_by_layer,
+        "assignments_per_token": ours.stats.assignments_per_token,
+        "united_share": ours.stats.united_share,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory_bytes(),
         "settings": {
             "threshold_prefill": settings.threshold_prefill,
             "threshold_decode": settings.threshold_decode,
+            "mechanism": settings.mechanism,
+            "way": ours.engine.available.way_of(settings),
             "checkpoint": checkpoint,
             "dtype": dtype,
             "device": device,

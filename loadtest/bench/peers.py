@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from backend.brownout.united_file import UnitedExperts, UnitedLayer, checkpoint_fingerprint, write_united
+from backend.models import load_model
 from backend.models.dummy import raw_config
 
 
@@ -24,6 +26,20 @@ def export_shape(checkpoint: str, folder: Path, dtype: str) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
     model.save_pretrained(folder)
     return folder
+
+
+def export_united(folder: Path, way: int) -> None:
+    """Write united experts of neighbouring experts' means beside an exported checkpoint."""
+    model = load_model(str(folder), device=torch.device("cpu"), united="none")
+    groups = torch.arange(model.config.num_experts) // way
+    layers = {}
+    for i, layer in enumerate(model.layers):
+        if layer.moe is not None:
+            stacks = (layer.moe.experts.w13, layer.moe.experts.w2)
+            w13, w2 = (torch.stack([part.float().mean(0) for part in s.split(way)]).to(s.dtype) for s in stacks)
+            layers[i] = UnitedLayer(groups.clone(), w13, w2)
+    united = UnitedExperts(way, checkpoint_fingerprint(folder), "index", layers)
+    write_united(folder / f"united-{way}.safetensors", united)
 
 
 class TransformersPeer:

@@ -245,7 +245,7 @@ def test_stats_tell_the_expert_load_of_the_last_step():
 
 
 def test_settings_reach_the_moe_blocks_in_place():
-    engine = make_engine()
+    engine = make_engine(united="4")
     table = engine.runner.model.thresholds
     engine.set_settings(Settings(version=3, threshold_prefill=0.25, threshold_decode=0.5))
     assert engine.runner.model.thresholds is table

@@ -48,3 +48,14 @@ def test_one_unusable_prompt_stops_the_call_before_anything_runs(llm):
     with pytest.raises(InvalidRequestError, match="temperature"):
         llm.generate(["fine"], SamplingParams(temperature=-1))
     assert not llm.engine.has_work
+
+
+def test_widened_experts_change_no_token(llm):
+    prompts = ["Once upon a time", "there was", [5, 6, 7]]
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    wide = LLM("dummy:tiny", max_model_len=128, kv_cache_blocks=64, widen_experts=4)
+    found = wide.generate(prompts, params)
+    assert [c[0].token_ids for c in found] == [c[0].token_ids for c in llm.generate(prompts, params)]
+    narrow, wider = llm.engine.runner.model, wide.engine.runner.model
+    experts = sum(layer.moe.experts.w13.nbytes + layer.moe.experts.w2.nbytes for layer in narrow.layers)
+    assert wider.weight_bytes() - narrow.weight_bytes() == 3 * experts

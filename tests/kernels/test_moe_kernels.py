@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend.kernels.reference import remap_experts, route
+from backend.kernels.reference import route
 
 
 def naive_experts(hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -73,14 +73,18 @@ def test_skipped_assignments_add_nothing_even_if_inputs_are_not_finite(kernels: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 5, 200])
-def test_narrow_weights_with_float32_activations(kernels: ModuleType, tokens: int, dtype: torch.dtype) -> None:
-    hidden, w13, w2 = make_experts(3, 40, 24, tokens)
+@pytest.mark.parametrize("tokens", [1, 5, 14, 31, 200])
+@pytest.mark.parametrize(("hidden_size", "size"), [(40, 24), (64, 96), (96, 24)])
+def test_narrow_weights_with_float32_activations(
+    kernels: ModuleType, hidden_size: int, size: int, tokens: int, dtype: torch.dtype
+) -> None:
+    hidden, w13, w2 = make_experts(3, hidden_size, size, tokens)
     w13, w2 = w13.to(dtype), w2.to(dtype)
     slots, weights = torch.randint(0, 3, (tokens, 2)), torch.rand(tokens, 2)
     out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out.double(), naive_experts(hidden, w13, w2, slots, weights), rtol=0.05, atol=0.03)
+    expected = naive_experts(hidden, w13, w2, slots, weights)
+    assert (out - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_input_is_left_alone(kernels: ModuleType) -> None:
@@ -109,20 +113,3 @@ def test_router_bias_skews_the_choice() -> None:
     experts, weights = route(torch.randn(9, 6), torch.randn(4, 6), bias, 2, False)
     assert experts.tolist() == [[1, 3]] * 9
     assert weights.dtype == torch.float32
-
-
-def test_remap_follows_the_tables_and_keeps_the_weights() -> None:
-    experts, weights = torch.tensor([[0, 2], [1, 0], [2, 1]]), torch.rand(3, 2)
-    token_class = torch.zeros(3, dtype=torch.int8)
-    for theta in (0.0, 1.0):
-        thresholds = torch.full((4,), theta)
-        slots, out = remap_experts(experts, weights, torch.tensor([5, 3, 4]), thresholds, token_class)
-        assert slots.tolist() == [[5, 4], [3, 5], [4, 3]]
-        assert torch.equal(out, weights)
-
-
-def test_remap_skips_padding_rows() -> None:
-    experts = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    args = (torch.rand(3, 2), torch.arange(3), torch.ones(4), torch.zeros(3, dtype=torch.int8))
-    slots, _ = remap_experts(experts, *args, num_tokens=torch.tensor(2))
-    assert slots.tolist() == [[0, 1], [1, 2], [-1, -1]]

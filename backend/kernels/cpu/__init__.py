@@ -3,13 +3,14 @@
 from backend.kernels.cpu.attention_decode import decode_attention
 from backend.kernels.cpu.grouped_experts import grouped_experts_forward
 from backend.kernels.cpu.linear import linear
+from backend.kernels.cpu.remap import remap_experts, select_experts
 from backend.kernels.reference import (
     add_rms_norm,
     apply_rope,
     prefill_attention,
-    remap_experts,
     rms_norm,
     route,
+    router_scores,
     store_kv,
 )
 
@@ -23,5 +24,7 @@ __all__ = [
     "remap_experts",
     "rms_norm",
     "route",
+    "router_scores",
+    "select_experts",
     "store_kv",
 ]

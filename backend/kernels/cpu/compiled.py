@@ -24,9 +24,11 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 #: Sums may be reordered; NaN and infinity keep their meaning.
-_FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
-kernel = partial(njit, fastmath=_FAST_MATH, cache=True)
-parallel_kernel = partial(njit, fastmath=_FAST_MATH, cache=True, parallel=True, nogil=True)
+FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+kernel = partial(njit, fastmath=FAST_MATH, cache=True)
+#: Sums in the order written and no fused multiply-add: the same bits as the reference.
+exact_kernel = partial(njit, error_model="numpy", cache=True)
+parallel_kernel = partial(njit, fastmath=FAST_MATH, cache=True, parallel=True, nogil=True)
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from numba import prange
 from torch import Tensor
 
-from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, two_rows
+from backend.kernels.cpu import bfloat16
+from backend.kernels.cpu.bfloat16 import put, rows_times
+from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel
 from backend.kernels.cpu.linear import matmul_into
 
 #: Average rows per slot up to which reading the weights costs more than computing with them.
@@ -26,18 +28,22 @@ def grouped_experts_forward(
 ) -> Tensor:
     """Sum over k of weights[t, k] * w2 @ (silu(gate) * up) with the weights of slots[t, k]; returns [T, M].
 
-    float32 sums whatever the type of the weights.
+    float32 sums whatever the type of the weights. Where the processor multiplies bfloat16 and the weights are of that type,
+    hidden and the activations are rounded to it, too.
     """
     out = torch.empty(hidden.shape)
-    few = slots.numel() <= FEW_ROWS * w13.shape[0]
-    (_few_rows if few else _many_rows)(hidden.float().contiguous(), w13, w2, slots.contiguous(), weights, out)
+    active, span, order = sort_by_slot(slots.contiguous().numpy(), w13.shape[0])
+    slot_outputs = _few_rows if len(order) <= FEW_ROWS * len(active) else _many_rows
+    y = slot_outputs(hidden.float().contiguous(), w13, w2, active, span, order, slots.shape[1])
+    _combine(y, order, weights.contiguous().numpy(), out.numpy())
     return out.to(hidden.dtype)
 
 
-def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
+def _many_rows(
+    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> np.ndarray:
     """A pair of matrix products for each slot, over its assignments laid end to end."""
-    size, top_k = w2.shape[2], slots.shape[1]
-    active, span, order = sort_by_slot(slots.numpy(), w13.shape[0])
+    size = w2.shape[2]
     rows = x.index_select(0, torch.from_numpy(order // top_k))
     gate_up = torch.empty(len(order), 2 * size)
     y = torch.empty_like(rows)
@@ -47,12 +53,15 @@ def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tenso
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
         matmul_into(act[begin:end], w2[slot], y[begin:end])
-    _combine(y.numpy(), order, weights.contiguous().numpy(), out.numpy())
+    return y.numpy()
 
 
-def _few_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
-    y, order = _slot_outputs(x.numpy(), as_array(w13), as_array(w2), slots.numpy())
-    _combine(y, order, weights.contiguous().numpy(), out.numpy())
+def _few_rows(
+    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> np.ndarray:
+    if bfloat16.multiplies(w13) and bfloat16.multiplies(w2):
+        x = x.to(torch.bfloat16)
+    return _slot_outputs(as_array(x), as_array(w13), as_array(w2), active, span, order, top_k)
 
 
 @kernel
@@ -83,30 +92,28 @@ def sort_by_slot(slots, num_slots):
 
 
 @parallel_kernel
-def _slot_outputs(x, w13, w2, slots):
-    """Outputs [A, M] of the assignments in order of their slots, and that order [A].
+def _slot_outputs(x, w13, w2, active, span, order, top_k):
+    """Outputs [A, M] of the assignments in the order of sort_by_slot.
 
     Work is cut into tiles of weight rows, all slots' first tiles first: each thread then gets its share of every slot,
     however unevenly tokens are spread over them.
     """
-    top_k = slots.shape[1]
     hidden, size = w2.shape[1], w2.shape[2]
-    active, span, order = sort_by_slot(slots, w13.shape[0])
     num_active, num_rows = active.shape[0], order.shape[0]
-    rows = np.empty((num_rows, hidden), np.float32)
+    rows = np.empty((num_rows, hidden), x.dtype)
     for i in range(num_rows):
         rows[i] = x[order[i] // top_k]
 
-    act = np.empty((num_rows, size), np.float32)
+    act = np.empty((num_rows, size), x.dtype)
     num_tiles = (size + _TILE - 1) // _TILE
     for job in prange(num_tiles * num_active):
         tile, s = job // num_active, job % num_active
         matrix, begin, end = w13[active[s]], span[s], span[s + 1]
         gate, up = np.empty(end - begin, np.float32), np.empty(end - begin, np.float32)
         for r in range(tile * _TILE, min(size, (tile + 1) * _TILE)):
-            two_rows(matrix[r], matrix[size + r], rows, begin, end, gate, up)
+            rows_times(matrix[r], matrix[size + r], rows, begin, end, gate, up)
             for i in range(end - begin):
-                act[begin + i, r] = gate[i] / (ONE + exp(-gate[i])) * up[i]
+                put(act, begin + i, r, gate[i] / (ONE + exp(-gate[i])) * up[i])
 
     y = np.empty((num_rows, hidden), np.float32)
     num_tiles = (hidden + _TILE - 1) // _TILE
@@ -117,11 +124,11 @@ def _slot_outputs(x, w13, w2, slots):
         last = min(hidden, (tile + 1) * _TILE)
         for r in range(tile * _TILE, last, 2):
             other = min(r + 1, last - 1)
-            two_rows(matrix[r], matrix[other], act, begin, end, a, b)
+            rows_times(matrix[r], matrix[other], act, begin, end, a, b)
             for i in range(end - begin):
                 y[begin + i, r] = a[i]
                 y[begin + i, other] = b[i]
-    return y, order
+    return y
 
 
 @parallel_kernel

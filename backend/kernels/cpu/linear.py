@@ -13,7 +13,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from backend.kernels.cpu.compiled import as_array, parallel_kernel, two_rows
+from backend.kernels.cpu import bfloat16
+from backend.kernels.cpu.bfloat16 import rows_times
+from backend.kernels.cpu.compiled import as_array, parallel_kernel
 
 #: Rows up to which the compiled kernel beats widening 16-bit weights for a float32 product.
 FEW_ROWS = 48
@@ -40,7 +42,8 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if weight.dtype == torch.float32:
         _multiply(x, weight, out)
     elif x.shape[0] <= FEW_ROWS:
-        _few_rows(x.contiguous().numpy(), as_array(weight), out.numpy())
+        x = x.contiguous()
+        _few_rows(as_array(x.to(weight.dtype) if bfloat16.multiplies(weight) else x), as_array(weight), out.numpy())
     elif weight.dtype == torch.bfloat16 and _has_bfloat16_units():
         out.copy_(torch.mm(x.to(weight.dtype), weight.t()))
     else:
@@ -60,7 +63,7 @@ def _few_rows(x, weight, out):
         last = min(num_out, (tile + 1) * _TILE)
         for r in range(tile * _TILE, last, 2):
             other = min(r + 1, last - 1)
-            two_rows(weight[r], weight[other], x, 0, num_rows, a, b)
+            rows_times(weight[r], weight[other], x, 0, num_rows, a, b)
             for i in range(num_rows):
                 out[i, r] = a[i]
                 out[i, other] = b[i]

@@ -19,13 +19,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def warm_up(dtype: torch.dtype) -> None:
     """Run each compiled kernel once with weights and KV cache of this type."""
-    x = torch.zeros(1, 8)
-    cpu.linear(x, torch.zeros(4, 8, dtype=dtype))
     slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-    cpu.grouped_experts_forward(x, torch.zeros(1, 8, 8, dtype=dtype), torch.zeros(1, 8, 4, dtype=dtype), slots, weights)
+    for size in (8, 32):  # lengths that bfloat16 instructions do not fit and do fit
+        x = torch.zeros(1, size)
+        cpu.linear(x, torch.zeros(4, size, dtype=dtype))
+        w13, w2 = torch.zeros(1, 2 * size, size, dtype=dtype), torch.zeros(1, size, size, dtype=dtype)
+        cpu.grouped_experts_forward(x, w13, w2, slots, weights)
+    tables = (torch.zeros(1, dtype=torch.int64), torch.zeros(4), torch.zeros(1, dtype=torch.int8))
+    cpu.remap_experts(slots, weights, *tables)
+    cpu.select_experts(slots, weights, *tables, scores=torch.ones(1, 1))
     cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    cpu.decode_attention(x.view(1, 1, 8), cache, cache, table, lens, 1.0, None)
+    cpu.decode_attention(torch.zeros(1, 1, 8), cache, cache, table, lens, 1.0, None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,10 @@ from backend.kernels.reference.attention_prefill import prefill_attention
 from backend.kernels.reference.grouped_experts import grouped_experts_forward
 from backend.kernels.reference.kv_store import store_kv
 from backend.kernels.reference.linear import linear
-from backend.kernels.reference.remap import remap_experts
+from backend.kernels.reference.remap import remap_experts, select_experts
 from backend.kernels.reference.rmsnorm import add_rms_norm, rms_norm
 from backend.kernels.reference.rope import apply_rope
-from backend.kernels.reference.router import route
+from backend.kernels.reference.router import route, router_scores
 
 __all__ = [
     "add_rms_norm",
@@ -20,5 +20,7 @@ __all__ = [
     "remap_experts",
     "rms_norm",
     "route",
+    "router_scores",
+    "select_experts",
     "store_kv",
 ]

@@ -19,10 +19,19 @@ def route(
 
     `renormalize` makes a token's weights sum to 1. Returns experts [T, K] int64 and weights [T, K] float32.
     """
-    logits = linear(hidden, weight).float()
-    if bias is not None:
-        logits += bias
-    weights, experts = torch.softmax(logits, dim=-1).topk(top_k, dim=-1)
+    weights, experts = router_scores(hidden, weight, bias).topk(top_k, dim=-1)
     if renormalize:
         weights /= weights.sum(dim=-1, keepdim=True)
     return experts, weights
+
+
+def router_scores(
+    hidden: Tensor,  # [T, M]
+    weight: Tensor,  # [E, M]
+    bias: Tensor | None,  # [E] float32, as in `route`
+) -> Tensor:
+    """The probabilities [T, E] in float32 that `route` chooses by."""
+    logits = linear(hidden, weight).float()
+    if bias is not None:
+        logits += bias
+    return torch.softmax(logits, dim=-1)

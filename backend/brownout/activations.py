@@ -63,7 +63,8 @@ def layer_activations(model: MoeModel, windows: Sequence[Sequence[int]]) -> Iter
             yield LayerActivations(index, x.float(), experts, weights)
         if index < last:
             for rows, batch in batches:
-                x[rows] = layer.feed_forward(x[rows], batch.token_class)
+                replaced = torch.zeros_like(batch.token_class, dtype=torch.int32)  # stays 0
+                x[rows] = layer.feed_forward(x[rows], batch.token_class, replaced)
 
 
 def activation_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:

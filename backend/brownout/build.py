@@ -3,9 +3,10 @@
 python -m backend.brownout.build CHECKPOINT --way 2,4,8 --group output --calibration FILE…
 
 Writes united-<way>.safetensors for every way, and expert-similarity.safetensors, into the output folder. The model is run
-over the text layer by layer; then the united experts of each layer are distilled from what its own experts gave. An
-interrupted build goes on where it was when the same command is given again. Calibration files are .txt, .jsonl with "text"
-on each line, or .npy with token ids.
+over the text layer by layer; the united experts of each layer are distilled from what its own experts gave; then, with
+--end-to-end, those of all layers are trained together towards the full model's predictions. An interrupted build goes on
+after the last finished layer when the same command is given again. Calibration files are .txt, .jsonl with "text" on each
+line, or .npy with token ids.
 """
 
 from __future__ import annotations
@@ -19,10 +20,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from backend.brownout.builder import BuildOptions, Built, build_united, check_input, check_memory, needed_bytes
+from backend.brownout.builder import (
+    BuildOptions,
+    Built,
+    build_united,
+    check_input,
+    check_memory,
+    is_held_out,
+    needed_bytes,
+)
 from backend.brownout.calibration_text import read_calibration
 from backend.brownout.distill import DistillOptions
+from backend.brownout.end_to_end import EndToEndOptions, end_to_end_bytes, train_end_to_end
 from backend.brownout.grouping import GROUPINGS
+from backend.brownout.similarity_file import FILE_NAME as SIMILARITY_FILE
+from backend.brownout.similarity_file import write_similarity
 from backend.brownout.united_file import checkpoint_fingerprint, write_united
 from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
@@ -55,6 +67,10 @@ def make_parser() -> argparse.ArgumentParser:
                         "matched before they are averaged (default %(default)s)")  # fmt: skip
     parser.add_argument("--loss", choices=("chosen", "mean"), default=defaults.loss, help="imitate the members that a token "
                         "chose, or the mean of all members (the paper; default %(default)s)")  # fmt: skip
+    parser.add_argument("--end-to-end", type=int, default=0, metavar="STEPS", help="steps of training all layers together; "
+                        "the ways take turns (default %(default)s: none)")  # fmt: skip
+    parser.add_argument("--end-to-end-tokens", type=int, default=EndToEndOptions.tokens, metavar="N", help="tokens of such a "
+                        "step (default %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for finished layers; kept if named (default: in the output folder, "
@@ -72,9 +88,13 @@ def build(args: argparse.Namespace, ways: tuple[int, ...], console: Console) -> 
     distill = DistillOptions(args.steps, args.rows, args.rate, args.init, args.loss)
     options = BuildOptions(ways, args.group, args.seed, distill)
     check_input(config, windows, options)
-    model = load_model(str(args.checkpoint), device=resolve_device(args.device))
+    model = load_model(str(args.checkpoint), device=resolve_device(args.device), united="none", similarity="none")
     tokens = sum(map(len, windows))
     needed = needed_bytes(model, tokens, options)
+    last = EndToEndOptions(args.end_to_end, args.end_to_end_tokens, seed=args.seed)
+    if last.steps:
+        groups = sum(-(-config.num_experts // way) for way in ways) * sum(config.moe_layers)
+        needed = max(needed, end_to_end_bytes(model, groups * 3 * config.expert_size * config.hidden_size, last))
     console.print(
         f"{tokens} calibration tokens; needs up to {needed / 2**20:.0f} MiB beside the model's "
         f"{model.weight_bytes() / 2**20:.0f} MiB on {model.device}"
@@ -86,6 +106,13 @@ def build(args: argparse.Namespace, ways: tuple[int, ...], console: Console) -> 
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("distillation", total=max(1, args.steps) * len(ways) * sum(config.moe_layers))
         built = build_united(model, fingerprint, windows, options, work, lambda n: progress.advance(task, n))
+        if last.steps:
+            task_2 = progress.add_task("end to end", total=last.steps)
+            sides = [[w for i, w in enumerate(windows) if is_held_out(i) == side] for side in (False, True)]
+            built.united = train_end_to_end(model, built.united, *sides, last, lambda n: progress.advance(task_2, n))
+    similarity = output / SIMILARITY_FILE
+    write_similarity(similarity, fingerprint, built.similarity)
+    console.print(f"Wrote {similarity} ({similarity.stat().st_size / 1e6:.2f} MB).")
     for way, united in built.united.items():
         path = output / f"united-{way}.safetensors"
         write_united(path, united)
@@ -102,10 +129,16 @@ def show(built: Built, console: Console) -> None:
     for way in built.united:
         table.add_column(f"{way}-way averaged", justify="right")
         table.add_column("distilled", justify="right")
-    for layer in next(iter(built.united.values())).report:
+    for layer in map(str, next(iter(built.united.values())).layers):
         reports = [united.report[layer] for united in built.united.values()]
         table.add_row(layer, *(f"{100 * r[key]:.1f}" for r in reports for key in ("averaged_error", "relative_error")))
     console.print(table)
+    for way, united in built.united.items():
+        if (last := united.report.get("end_to_end")) is not None:
+            console.print(
+                f"{way}-way, all layers at threshold 0: divergence from the full model {last['divergence_before']:.4f} nats a "
+                f"token before the training end to end, {last['divergence_after']:.4f} after it (held-out text)"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,9 +148,16 @@ def main(argv: list[str] | None = None) -> int:
         ways = tuple(dict.fromkeys(int(way) for way in args.way.split(",")))
     except ValueError:
         parser.error(f"--way must be a number or a comma-separated list of numbers, got {args.way!r}")
-    for name, least in (("tokens", 1), ("window", 2), ("rows", 1), ("steps", 0)):
+    for name, least in (
+        ("tokens", 1),
+        ("window", 2),
+        ("rows", 1),
+        ("steps", 0),
+        ("end_to_end", 0),
+        ("end_to_end_tokens", 1),
+    ):
         if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     console = Console()
     try:
         built = build(args, ways, console)

@@ -20,7 +20,7 @@ from backend.errors import ConfigError
 from backend.models.config import ModelConfig
 from backend.models.model import MoeModel
 
-#: One window in this many is measured on and not trained on.
+#: One window in this many is held out.
 HELD_OUT_MODULUS = 10
 #: Calibration text must route at least this many tokens to the average expert.
 TOKENS_PER_EXPERT = 32
@@ -58,9 +58,7 @@ def build_united(
     there by the same call later. `advance` is told of the steps done, of steps × ways × layers.
     """
     folder = work / _digest(fingerprint, windows, options)
-    held_out = torch.cat(
-        [torch.full((len(w),), i % HELD_OUT_MODULUS == HELD_OUT_MODULUS - 1) for i, w in enumerate(windows)]
-    ).to(model.device)
+    held_out = torch.cat([torch.full((len(w),), is_held_out(i)) for i, w in enumerate(windows)]).to(model.device)
     built = Built({}, {})
     layers: dict[int, dict[int, UnitedLayer]] = {way: {} for way in options.ways}
     reports: dict[int, dict[str, dict[str, float]]] = {way: {} for way in options.ways}
@@ -89,6 +87,11 @@ def build_united(
     for way in options.ways:
         built.united[way] = UnitedExperts(way, fingerprint, options.grouping, layers[way], reports[way])
     return built
+
+
+def is_held_out(window: int) -> bool:
+    """Whether the window of this number is measured on and not trained on."""
+    return window % HELD_OUT_MODULUS == HELD_OUT_MODULUS - 1
 
 
 def check_input(config: ModelConfig, windows: Sequence[Sequence[int]], options: BuildOptions) -> None:

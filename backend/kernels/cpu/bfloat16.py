@@ -131,9 +131,7 @@ def _totals(builder: ir.IRBuilder, sums):
     lanes = _SUMS
     while lanes > 1:
         pairs = zip(sums[::2], sums[1::2], strict=True) if len(sums) > 1 else [(sums[0], sums[0])]
-        sums = [
-            builder.fadd(builder.shuffle_vector(p, q, even), builder.shuffle_vector(p, q, odd)) for p, q in pairs
-        ]
+        sums = [builder.fadd(builder.shuffle_vector(p, q, even), builder.shuffle_vector(p, q, odd)) for p, q in pairs]
         lanes //= 2
     return sums[0]
 

@@ -26,7 +26,8 @@ class Settings:
     mechanism: str = "united"
     #: Which loaded united experts serve (`united` only); 0 is the largest way that is loaded.
     way: int = 0
-    #: Least similarity of the expert that takes an assignment over (`reroute` only).
+    #: Least similarity of the expert that takes an assignment over (`reroute` only, which does nothing at theta = 0: no
+    #: expert is kept to take over).
     similarity_min: float = 0.0
     #: What experts are ranked by to decide which are kept: their assignments, or the sum of their gate weights.
     ranking: str = "count"

@@ -22,6 +22,8 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     cumulative_logprob: float | None = None
+    #: Share of the sequence's routed assignments that united experts (or whatever replaces experts) served.
+    united_share: float = 0.0
 
 
 class LLM:
@@ -48,6 +50,7 @@ class LLM:
             done.text += piece.text
             done.token_ids += piece.token_ids
             done.finish_reason = piece.finish_reason
+            done.united_share = piece.united_share
             if piece.cumulative_logprob is not None:
                 done.cumulative_logprob = (done.cumulative_logprob or 0.0) + piece.cumulative_logprob
         return completions
@@ -87,7 +90,8 @@ class LLM:
                     if detokenizer.stopped:
                         reason = FINISH_STOP
                         self.engine.abort(event.request_id, event.index)
-                    yield event.request_id, event.index, Completion(text, [event.token_id], reason, event.logprob)
+                    piece = Completion(text, [event.token_id], reason, event.logprob, event.united_share)
+                    yield event.request_id, event.index, piece
         finally:
             for request in requests:
                 self.engine.abort(request.request_id)

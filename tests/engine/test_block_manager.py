@@ -57,6 +57,25 @@ def test_a_second_block_with_the_same_contents_is_not_published():
     manager.check()
 
 
+def test_blocks_that_are_not_pristine_are_found_by_those_who_accept_them_and_pristine_ones_preferred():
+    manager = BlockManager(6, 1)
+    hashes = chain_hashes([1, 2, 3, 4], 1, [])
+    dim = manager.allocate(3)
+    for block, digest in zip(dim, hashes, strict=False):
+        manager.publish(block, digest, pristine=False)
+    assert manager.match(hashes) == (dim, False)
+    assert manager.match(hashes, pristine=True) == ([], True)
+    (bright,) = manager.allocate(1)
+    manager.publish(bright, hashes[0])
+    assert manager.match(hashes) == ([bright, *dim[1:]], False)
+    assert manager.match(hashes, pristine=True) == ([bright], True)
+    (late,) = manager.allocate(1)
+    manager.publish(late, hashes[0], pristine=False)
+    manager.release([late])
+    assert manager.num_cached == 0, "nobody needs a dim block beside a pristine one"
+    manager.check()
+
+
 def test_over_allocation_and_double_release_are_errors():
     manager = BlockManager(2, 4)
     with pytest.raises(ValueError, match="3 blocks asked for, 2 available"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import InvalidRequestError
@@ -33,6 +34,14 @@ def test_stop_string_ends_a_sequence(llm):
     )[0]
     assert completion.text == full[: full.index(stop)] and completion.finish_reason == "stop"
     assert not llm.engine.has_work
+
+
+def test_completions_tell_the_share_of_united_experts():
+    llm = LLM("dummy:tiny", max_model_len=128, kv_cache_blocks=64, united="8")
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    assert [c.united_share for (c,) in llm.generate(["some words", "and others"], greedy)] == [0.0, 0.0]
+    llm.set_settings(Settings(version=1, threshold_prefill=0.0, threshold_decode=0.0))
+    assert all(0.5 < c.united_share <= 1 for (c,) in llm.generate(["new words", "in any case"], greedy))
 
 
 def test_abandoned_stream_leaves_nothing_behind(llm):

@@ -10,6 +10,8 @@ from backend.engine.request import PRIORITY_STEP_S, Request, Sequence
 from backend.engine.sampling_params import SamplingParams
 from backend.engine.scheduler import Schedule, Scheduler
 
+QUALITIES = ("auto", "never")
+
 
 def make_sequence(prompt, max_tokens=4, priority=0, arrival=0.0) -> Sequence:
     request = Request(object(), prompt, SamplingParams(max_tokens=max_tokens, priority=priority), arrival)
@@ -110,6 +112,41 @@ def test_removed_while_waiting_never_runs():
         scheduler.remove(sequence, "abort")
     assert scheduler.num_waiting == 1
     assert run_step(scheduler).sequences == sequences[-1:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 24), block_size=st.sampled_from([1, 2, 4]))
+def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_blocks, block_size):
+    rng = random.Random(seed)
+    scheduler = make_scheduler(num_blocks, block_size, max_batch_tokens=12)
+    #: What stands in each block: as many of its sequence's tokens, and whether all was computed without brownout.
+    contents: dict[int, tuple[tuple[int, ...], bool]] = {}
+    longest = num_blocks * block_size
+    for now in range(300):
+        if now < 150 and rng.random() < 0.5:
+            prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, longest - 1))]
+            params = SamplingParams(max_tokens=1 + rng.randrange(longest - len(prompt)), brownout=rng.choice(QUALITIES))
+            scheduler.add(Request(object(), prompt, params, float(now)).sequences[0])
+        work = scheduler.schedule()
+        for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
+            blocks, first = list(sequence.blocks), sequence.num_computed
+            read = [contents[blocks[i]] for i in range(first // block_size)]
+            assert all(tokens == tuple(sequence.tokens[: len(tokens)]) for tokens, _ in read), "a wrong block"
+            never = sequence.request.params.brownout == "never"
+            assert not never or all(pristine for _, pristine in read)
+            pristine = never or rng.random() < 0.5
+            # What is written is pristine if that is, and everything that it was computed from.
+            partial = [contents[blocks[first // block_size]]] if first % block_size else []
+            clean = pristine and all(before for _, before in read + partial)
+            for i in range(first // block_size, (first + count - 1) // block_size + 1):
+                contents[blocks[i]] = (tuple(sequence.tokens[: min((i + 1) * block_size, first + count)]), clean)
+            scheduler.computed(sequence, count, pristine)
+            assert sequence.pristine == clean
+            if sequence.num_computed == len(sequence.tokens):
+                sequence.tokens.append(len(sequence.tokens) % 2)
+                if sequence.num_output >= sequence.request.params.max_tokens:
+                    scheduler.remove(sequence, "length")
+        scheduler.blocks.check()
 
 
 @settings(max_examples=120, deadline=None)

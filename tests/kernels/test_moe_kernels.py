@@ -87,6 +87,21 @@ def test_narrow_weights_with_float32_activations(
     assert (out - expected).norm() <= 1e-2 * expected.norm()
 
 
+def test_nothing_to_compute_gives_zeros(kernels: ModuleType) -> None:
+    hidden, w13, w2 = make_experts(4, 12, 5, 3)
+    out = kernels.grouped_experts_forward(hidden, w13, w2, torch.full((3, 2), -1), torch.rand(3, 2))
+    assert torch.equal(out, torch.zeros(3, 12))
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 200])
+def test_slots_that_nobody_uses_change_no_bit(kernels: ModuleType, tokens: int) -> None:
+    hidden, w13, w2 = make_experts(4, 12, 5, tokens)
+    slots, weights = torch.randint(0, 4, (tokens, 2)), torch.rand(tokens, 2)
+    expected = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
+    more = torch.cat([w13, torch.randn(60, 10, 12)]), torch.cat([w2, torch.randn(60, 12, 5)])
+    assert torch.equal(kernels.grouped_experts_forward(hidden, *more, slots, weights), expected)
+
+
 def test_input_is_left_alone(kernels: ModuleType) -> None:
     hidden, w13, w2 = make_experts(2, 8, 4, 5)
     before = hidden.clone()

@@ -34,6 +34,18 @@ def test_engine_benchmark_writes_its_figures(tmp_path, capsys):
     assert "ours / transformers" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("peer", [[], ["--peer", "transformers"]], ids=["alone", "beside-a-peer"])
+def test_brownout_points_say_what_was_served(tmp_path, peer):
+    path = tmp_path / "bench.json"
+    arguments = ["engine", "--shape", "tiny", "--requests", "8", "--prompt-tokens", "8", "--new-tokens", "6", *peer]
+    arguments += ["--threshold-prefill", "0", "--threshold-decode", "0", "--way", "4", "--dtype", "float32"]
+    assert main([*arguments, "--runs", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["active_slots_by_layer"] == [2, 2] and result["active_slots_per_layer"] == 2
+    assert result["united_share"] == 1 and 1 <= result["assignments_per_token"] < 2
+    assert result["settings"]["way"] == 4 and result["settings"]["mechanism"] == "united"
+
+
 def test_unusable_arguments_are_usage_errors():
     with pytest.raises(SystemExit) as exit_info:
         main(["engine", "--new-tokens", "1"])

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from backend.kernels.cpu.compiled import ONE, ZERO, exact_kernel
-from backend.kernels.reference.remap import _LARGEST_WEIGHT, FRACTION_BITS
+from backend.kernels.reference.remap import FRACTION_BITS, LARGEST_WEIGHT
 
 _UNITED, _REROUTE, _DROP = 0, 1, 2
 _CODES = {"united": _UNITED, "reroute": _REROUTE, "drop": _DROP}
-_WHOLE = 1 << FRACTION_BITS
-_UNIT, _HALF, _LARGEST = np.float32(_WHOLE), np.float32(0.5), np.float32(_LARGEST_WEIGHT)
+_UNIT, _HALF, _LARGEST = np.float32(1 << FRACTION_BITS), np.float32(0.5), np.float32(LARGEST_WEIGHT)
 _NO_SIMILARITY, _NO_SCORES = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
 
 
@@ -32,11 +31,13 @@ def remap_experts(
     replaced: Tensor | None = None,  # [T] int32, in place
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    if num_tokens is None and min(thresholds.tolist()) >= 1.0:
+        return expert_slots[experts], weights
     slots = torch.empty_like(experts, memory_format=torch.contiguous_format)
     out = torch.empty_like(weights, memory_format=torch.contiguous_format)
     # Without united experts each expert is alone in its group.
     groups = np.arange(len(expert_slots)) if united_slots is None else united_slots.numpy()
-    changed = _remap(
+    _remap(
         experts.contiguous().numpy(),
         weights.contiguous().numpy(),
         expert_slots.numpy(),
@@ -52,7 +53,7 @@ def remap_experts(
         slots.numpy(),
         out.numpy(),
     )
-    return slots, out if changed else weights
+    return slots, out
 
 
 def select_experts(
@@ -68,6 +69,8 @@ def select_experts(
     replaced: Tensor | None = None,  # [T] int32, in place
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
+    if num_tokens is None and min(thresholds.tolist()) >= 1.0:
+        return expert_slots[experts], weights
     slots = torch.empty_like(experts, memory_format=torch.contiguous_format)
     out = torch.empty_like(weights, memory_format=torch.contiguous_format)
     _select(
@@ -107,18 +110,13 @@ def _remap(
     slots,
     out,
 ):
-    """Fills slots and out; returns whether out differs from weights (else out is left unfilled)."""
+    """Fills slots and out."""
     top_k = experts.shape[1]
     num_experts = len(expert_slots)
     slots[num_tokens:] = -1
     theta_of_class = np.empty(len(thresholds), np.int64)
     for i in range(len(thresholds)):
         theta_of_class[i] = np.int64(thresholds[i] * _UNIT + _HALF)
-    if theta_of_class.min() >= _WHOLE:
-        for t in range(num_tokens):
-            for k in range(top_k):
-                slots[t, k] = expert_slots[experts[t, k]]
-        return False
 
     demand, theta = np.zeros(num_experts, np.int64), np.zeros(num_experts, np.int64)
     total = 0
@@ -164,7 +162,6 @@ def _remap(
                         out[t, j] += out[t, k]
                         slots[t, k] = -1
     out[num_tokens:] = weights[num_tokens:]
-    return True
 
 
 @exact_kernel

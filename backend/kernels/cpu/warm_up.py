@@ -25,7 +25,7 @@ def warm_up(dtype: torch.dtype) -> None:
         cpu.linear(x, torch.zeros(4, size, dtype=dtype))
         w13, w2 = torch.zeros(1, 2 * size, size, dtype=dtype), torch.zeros(1, size, size, dtype=dtype)
         cpu.grouped_experts_forward(x, w13, w2, slots, weights)
-    tables = (torch.zeros(1, dtype=torch.int64), torch.zeros(4), torch.zeros(1, dtype=torch.int8))
+    tables = (torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int8))
     cpu.remap_experts(slots, weights, *tables)
     cpu.select_experts(slots, weights, *tables, scores=torch.ones(1, 1))
     cache = torch.zeros(1, 1, 1, 8, dtype=dtype)

@@ -18,7 +18,7 @@ FRACTION_BITS = 16
 #: Mechanisms of `select_experts`; the others are those of `remap_experts`.
 BY_TOKEN = ("piggyback", "top_k")
 #: Largest gate weight that is told from larger ones; routers give at most 1, or a family's scale factor.
-_LARGEST_WEIGHT = 1024.0
+LARGEST_WEIGHT = 1024.0
 
 
 def remap_experts(
@@ -145,7 +145,7 @@ def _demand(
     theta = torch.where(valid, theta_of_class[token_class.long()].unsqueeze(1), 0).expand_as(experts)
     if ranking == "gate_mass":
         # At least 1: an expert that tokens are routed to is never without demand. NaN (a request gone wrong) counts as little.
-        bounded = torch.nan_to_num(weights, nan=0.0).clamp(0.0, _LARGEST_WEIGHT)
+        bounded = torch.nan_to_num(weights, nan=0.0).clamp(0.0, LARGEST_WEIGHT)
         share = torch.floor(bounded * 2**FRACTION_BITS + 0.5).long().clamp(min=1)
     else:
         share = torch.ones_like(experts)

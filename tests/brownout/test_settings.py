@@ -1,0 +1,41 @@
+"""Settings: what is allowed, and what a model with or without united experts can follow."""
+
+import pytest
+
+from backend.brownout.settings import MECHANISMS, Available, Settings
+from backend.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"threshold_prefill": 1.5}, "threshold_prefill must be between 0 and 1, got 1.5"),
+        ({"threshold_decode": float("nan")}, "threshold_decode must be between 0 and 1, got nan"),
+        ({"similarity_min": -0.1}, "similarity_min must be between 0 and 1"),
+        ({"mechanism": "merge"}, "mechanism must be one of united, reroute, .* got 'merge'"),
+        ({"ranking": "size"}, "ranking must be one of count, gate_mass, got 'size'"),
+        ({"way": 1}, "way must be 0 .* or from 2 to 64, got 1"),
+    ],
+)
+def test_unusable_values_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**values)
+
+
+def test_never_classes_stay_at_one():
+    settings = Settings(threshold_prefill=0.5, threshold_decode=0.25)
+    assert settings.by_class() == (0.5, 0.25, 1.0, 1.0)
+    assert settings.dims and not Settings().dims
+
+
+def test_what_is_loaded_decides_what_can_be_followed():
+    bare, full = Available(), Available((2, 8), similarity=True)
+    assert bare.mechanisms == ("piggyback", "top_k", "drop")
+    assert full.mechanisms == MECHANISMS
+    assert bare.way_of(Settings()) == 0
+    assert full.way_of(Settings()) == full.way_of(Settings(threshold_decode=0.0)) == 8
+    assert full.way_of(Settings(way=2, mechanism="drop")) == 2
+    assert bare.way_of(Settings(threshold_decode=0.0, mechanism="top_k")) == 0
+    for settings in (Settings(threshold_decode=0.0), Settings(way=8), Settings(mechanism="reroute")):
+        with pytest.raises(ConfigError, match="loaded"):
+            bare.way_of(settings)

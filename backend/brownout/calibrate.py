@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -30,6 +31,7 @@ from backend.errors import ConfigError
 COSTS = {"time": "relative_step_time", "slots": "active_slots", "assignments": "assignments_per_token"}
 #: Kinds of loss, what is preferred first.
 MEASURES = ("letter", "exact_match", "choices", "perplexity")
+_NEEDS = {"choices": "--choices", "perplexity": "--text"}
 _THETAS = "0,0.2,0.4,0.6,0.8"
 
 
@@ -135,9 +137,9 @@ def draw(path: Path, levels: Sequence[Level], chosen: Sequence[Level], cost: str
 
 
 def show(chosen: Sequence[Level], console: Console) -> None:
-    table = Table(title="Levels of the profile")
+    table = Table(title="Levels of the profile", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("level", "settings", "loss %", "replaced %", "slots", "assign.", "decode time", "prefill time"):
-        table.add_column(column, justify="left" if column == "settings" else "right")
+        table.add_column(column, justify="left" if column == "settings" else "right", no_wrap=column == "settings")
     for number, level in enumerate(chosen):
         table.add_row(
             str(number), describe(level.settings()), f"{level.loss_percent:.1f}", f"{100 * level.united_share:.0f}",
@@ -179,9 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         kind = args.measure or next(name for name in MEASURES if has[name])
         if not has[kind]:
-            raise ConfigError(
-                f"--measure {kind} needs {'--choices' if kind == 'choices' else '--text' if kind == 'perplexity' else '--questions'}"
-            )
+            raise ConfigError(f"--measure {kind} needs {_NEEDS.get(kind, '--questions')}")
         if not prompts(measures):
             raise ConfigError("step times need --questions or --text")
         with Progress(console=console, transient=True) as progress:

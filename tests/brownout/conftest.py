@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from backend.brownout.build import main as build
+from backend.serving.tokenizer import build_synthetic_tokenizer
 from tests.models.tiny_checkpoints import make_checkpoint
 
 
@@ -35,3 +37,16 @@ def calibration(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibration") / "ids.npy"
     np.save(path, np.random.default_rng(0).integers(0, 199, 3000, dtype=np.uint16))
     return path
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory) -> Path:
+    """A random model with 8 experts, a tokenizer with a token per byte, united experts 2- and 4-way, and similarities."""
+    folder = tmp_path_factory.mktemp("text")
+    make_checkpoint(folder, num_experts=8, vocab_size=300, num_hidden_layers=2)
+    build_synthetic_tokenizer(300).save_pretrained(folder)
+    text = folder / "calibration.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    arguments = ["--way", "2,4", "--group", "coactivation", "--steps", "20", "--rows", "32", "--window", "64"]
+    assert build([str(folder), *arguments, "--calibration", str(text)]) == 0
+    return folder

@@ -7,11 +7,8 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from backend.engine.request import Sequence
 from backend.engine.scheduler import Schedule
 from backend.models.forward_batch import ForwardBatch
-
-_NEVER = 2  # added to a token's class when its request is never browned out; see TOKEN_CLASSES
 
 
 def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> ForwardBatch:
@@ -33,7 +30,7 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
         start, row = sequence.num_computed, query_start[i]
         token_ids.extend(sequence.tokens[start : start + count])
         context_lens.append(start + count)
-        token_class[row : row + count] = class_of(sequence, count)
+        token_class[row : row + count] = sequence.token_class(count)
         blocks = np.frombuffer(sequence.blocks, np.int32)
         block_tables[i, : len(blocks)] = blocks
         if count == 1:
@@ -62,13 +59,3 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
         query_lens=num_tokens,
         context_lens_host=context_lens,
     )
-
-
-def class_of(sequence: Sequence, count: int) -> int:
-    """Token class (index into TOKEN_CLASSES) of the next `count` tokens of a sequence."""
-    return (_NEVER if sequence.never_browned else 0) + is_decode(sequence, count)
-
-
-def is_decode(sequence: Sequence, count: int) -> bool:
-    """A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill."""
-    return count == 1 and sequence.num_computed >= sequence.num_prompt

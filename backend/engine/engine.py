@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
-from backend.engine.batch import class_of
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner
@@ -67,8 +66,6 @@ class Engine:
         self.vocab_size = self.runner.model.config.vocab_size
         self.eos_token_ids = tuple(self.runner.model.config.eos_token_ids)
         self.settings = Settings()
-        #: For each token class whether its tokens may have experts replaced.
-        self._browned_classes = tuple(theta < 1.0 for theta in self.settings.by_class())
         #: Assignments of one token in all layers.
         model_config = self.runner.model.config
         self._assignments = max(1, sum(model_config.moe_layers)) * model_config.top_k
@@ -133,7 +130,6 @@ class Engine:
         """
         self.runner.apply(settings)
         self.settings = settings
-        self._browned_classes = tuple(theta < 1.0 for theta in settings.by_class())
 
     @property
     def available(self) -> Available:
@@ -193,7 +189,8 @@ class Engine:
 
         With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
         """
-        if not any(self._browned_classes):
+        browned = self.runner.browned_classes
+        if not any(browned):
             self._united_share = 0.0
             return [True] * len(schedule.sequences)
         pristine, total = [], 0
@@ -201,7 +198,7 @@ class Engine:
         for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
             sequence.num_replaced += num_replaced
             total += num_replaced
-            pristine.append(not self._browned_classes[class_of(sequence, count)])
+            pristine.append(not browned[sequence.token_class(count)])
         self._united_share = total / (sum(schedule.num_tokens) * self._assignments)
         return pristine
 

@@ -76,7 +76,10 @@ class ModelRunner:
         Raises ConfigError, and changes nothing, if they need united experts or similarities that are not loaded.
         """
         way = self.available.way_of(settings)
-        self.model.set_thresholds([settings.by_class()] * self.model.config.num_layers)
+        table = [settings.by_class()] * self.model.config.num_layers
+        self.model.set_thresholds(table)
+        #: For each token class whether experts may be replaced in some layer.
+        self.browned_classes = tuple(min(column) < 1.0 for column in zip(*table, strict=True))
         # With every threshold at 1 all mechanisms do nothing; this one does it most cheaply.
         mechanism = settings.mechanism if settings.dims else "united"
         self.model.set_replacement(mechanism, settings.ranking, way, settings.similarity_min)

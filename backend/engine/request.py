@@ -19,6 +19,7 @@ FINISH_LENGTH = "length"
 #: requests overtake, yet no request waits behind an endless stream of them.
 PRIORITY_STEP_S = 10.0
 
+_NEVER = 2  # added to a token's class when its request is never browned out
 _SEED_MIX = 0x9E3779B97F4A7C15
 
 
@@ -78,6 +79,13 @@ class Sequence:
     @property
     def prompt_computed(self) -> bool:
         return self.num_computed >= self.num_prompt
+
+    def token_class(self, count: int) -> int:
+        """Class (index into TOKEN_CLASSES) of the next `count` tokens.
+
+        A decode token is one that was sampled and is computed alone; recomputation after preemption is prefill.
+        """
+        return (count == 1 and self.prompt_computed) + (_NEVER if self.never_browned else 0)
 
 
 class Request:

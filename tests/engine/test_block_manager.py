@@ -69,8 +69,9 @@ def test_blocks_that_are_not_pristine_are_found_by_those_who_accept_them_and_pri
     manager.publish(bright, hashes[0])
     assert manager.match(hashes) == ([bright, *dim[1:]], False)
     assert manager.match(hashes, pristine=True) == ([bright], True)
-    (late,) = manager.allocate(1)
-    manager.publish(late, hashes[0], pristine=False)
+    bright, late = manager.allocate(2)
+    manager.publish(bright, hashes[3])
+    manager.publish(late, hashes[3], pristine=False)
     manager.release([late])
     assert manager.num_cached == 0, "nobody needs a dim block beside a pristine one"
     manager.check()

@@ -154,3 +154,18 @@ def test_similarities_that_do_not_fit_are_named(checkpoint: Path) -> None:
     refused("not an expert similarity file")
     with pytest.raises(ConfigError, match=r"nowhere\.safetensors is missing"):
         load(checkpoint, similarity="nowhere.safetensors")
+
+
+def test_widening_keeps_what_united_experts_compute(checkpoint: Path) -> None:
+    write_united(checkpoint / "united-4.safetensors", make_united(checkpoint, 4))
+    model = load(checkpoint)
+    x, slots, weights = torch.randn(3, HIDDEN), torch.tensor([[EXPERTS], [EXPERTS + 1], [0]]), torch.ones(3, 1)
+
+    def out() -> Tensor:
+        experts = model.moe_block(1).experts
+        return model.kernels.grouped_experts_forward(x, experts.w13, experts.w2, slots, weights)
+
+    expected, size = out(), model.united_bytes()
+    model.widen_experts(3)
+    torch.testing.assert_close(out(), expected, rtol=1e-4, atol=1e-4)
+    assert model.united_bytes() == 3 * size

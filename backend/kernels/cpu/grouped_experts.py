@@ -32,18 +32,17 @@ def grouped_experts_forward(
     hidden and the activations are rounded to it, too.
     """
     out = torch.empty(hidden.shape)
-    active, span, order = sort_by_slot(slots.contiguous().numpy(), w13.shape[0])
-    slot_outputs = _few_rows if len(order) <= FEW_ROWS * len(active) else _many_rows
-    y = slot_outputs(hidden.float().contiguous(), w13, w2, active, span, order, slots.shape[1])
-    _combine(y, order, weights.contiguous().numpy(), out.numpy())
+    # By the slots in use: united experts that no token needs change nothing, not even in the last bit.
+    active, _, order = sort_by_slot(slots.contiguous().numpy(), w13.shape[0])
+    few = len(order) <= FEW_ROWS * len(active)
+    (_few_rows if few else _many_rows)(hidden.float().contiguous(), w13, w2, slots.contiguous(), weights, out)
     return out.to(hidden.dtype)
 
 
-def _many_rows(
-    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
-) -> np.ndarray:
+def _many_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
     """A pair of matrix products for each slot, over its assignments laid end to end."""
-    size = w2.shape[2]
+    size, top_k = w2.shape[2], slots.shape[1]
+    active, span, order = sort_by_slot(slots.numpy(), w13.shape[0])
     rows = x.index_select(0, torch.from_numpy(order // top_k))
     gate_up = torch.empty(len(order), 2 * size)
     y = torch.empty_like(rows)
@@ -53,15 +52,14 @@ def _many_rows(
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
         matmul_into(act[begin:end], w2[slot], y[begin:end])
-    return y.numpy()
+    _combine(y.numpy(), order, weights.contiguous().numpy(), out.numpy())
 
 
-def _few_rows(
-    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
-) -> np.ndarray:
+def _few_rows(x: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, out: Tensor) -> None:
     if bfloat16.multiplies(w13) and bfloat16.multiplies(w2):
         x = x.to(torch.bfloat16)
-    return _slot_outputs(as_array(x), as_array(w13), as_array(w2), active, span, order, top_k)
+    y, order = _slot_outputs(as_array(x), as_array(w13), as_array(w2), slots.numpy())
+    _combine(y, order, weights.contiguous().numpy(), out.numpy())
 
 
 @kernel
@@ -92,13 +90,15 @@ def sort_by_slot(slots, num_slots):
 
 
 @parallel_kernel
-def _slot_outputs(x, w13, w2, active, span, order, top_k):
-    """Outputs [A, M] of the assignments in the order of sort_by_slot.
+def _slot_outputs(x, w13, w2, slots):
+    """Outputs [A, M] of the assignments in order of their slots, and that order [A].
 
     Work is cut into tiles of weight rows, all slots' first tiles first: each thread then gets its share of every slot,
     however unevenly tokens are spread over them.
     """
+    top_k = slots.shape[1]
     hidden, size = w2.shape[1], w2.shape[2]
+    active, span, order = sort_by_slot(slots, w13.shape[0])
     num_active, num_rows = active.shape[0], order.shape[0]
     rows = np.empty((num_rows, hidden), x.dtype)
     for i in range(num_rows):
@@ -128,7 +128,7 @@ def _slot_outputs(x, w13, w2, active, span, order, top_k):
             for i in range(end - begin):
                 y[begin + i, r] = a[i]
                 y[begin + i, other] = b[i]
-    return y
+    return y, order
 
 
 @parallel_kernel

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.kernels.cpu.compiled import ONE, ZERO, exact_kernel
+from backend.kernels.cpu.compiled import ZERO, exact_kernel
 from backend.kernels.reference.remap import FRACTION_BITS, LARGEST_WEIGHT
 
 _UNITED, _REROUTE, _DROP = 0, 1, 2
@@ -245,21 +245,21 @@ def _select(
 @exact_kernel
 def _best_loaded(experts, scores, loaded, expert_slots, slots, out):
     """Slots and scores [K] of a token's best loaded experts, best first; returns how many of them the router chose."""
-    top_k, num_experts = len(experts), len(scores)
-    # The chosen ones are found as those before the last chosen one in the order (score descending, index ascending).
-    last_score, last = np.float32(np.inf), -1
-    num_own = 0
-    for k in range(top_k):
-        best, best_score = -1, -ONE
-        for e in range(num_experts):
-            behind = scores[e] < last_score or (scores[e] == last_score and e > last)
-            if loaded[e] and behind and scores[e] > best_score:
-                best, best_score = e, scores[e]
-        slots[k] = expert_slots[best] if best >= 0 else -1
-        out[k] = best_score
-        if best < 0:
+    top_k, found = len(experts), 0
+    for e in range(len(scores)):
+        score = scores[e]
+        if not (loaded[e] and score >= ZERO) or (found == top_k and score <= out[top_k - 1]):
             continue
-        last_score, last = best_score, best
+        k = min(found, top_k - 1)
+        while k > 0 and score > out[k - 1]:  # an equal one stays ahead: it has the lower index
+            slots[k], out[k] = slots[k - 1], out[k - 1]
+            k -= 1
+        slots[k], out[k] = e, score
+        found = min(found + 1, top_k)
+    num_own = 0
+    for k in range(found):
         for j in range(top_k):
-            num_own += experts[j] == best
+            num_own += experts[j] == slots[k]
+        slots[k] = expert_slots[slots[k]]
+    slots[found:] = -1
     return num_own

@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from backend.brownout.evaluate import Measures, add_measure_arguments, make_measures, measure_point, open_engine
+from backend.brownout.evaluate import (
+    Measures,
+    add_measure_arguments,
+    make_measures,
+    measure_point,
+    open_engine,
+    write_points,
+)
 from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.profile import Level, Profile, write_profile
 from backend.brownout.settings import Available, Settings
@@ -71,8 +78,8 @@ def front(levels: Sequence[Level], cost: str) -> list[Level]:
 
 def calibrate(
     llm: LLM, points: Sequence[Settings], measures: Measures, kind: str, rounds: int, progress: Progress
-) -> list[Level]:
-    """Every point as a level, the full model first."""
+) -> tuple[list[Level], list[dict]]:
+    """Every point as a level, the full model first, and as `evaluate.measure_point` gives it."""
     task = progress.add_task("quality", total=len(points) + 1)
     full = measure_point(llm, Settings(), measures)
     progress.advance(task)
@@ -104,7 +111,7 @@ def calibrate(
                 relative_prefill_time=time.prefill,
             )
         )
-    return levels
+    return levels, measured
 
 
 def prompts(measures: Measures) -> list[list[int]]:
@@ -185,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         if not prompts(measures):
             raise ConfigError("step times need --questions or --text")
         with Progress(console=console, transient=True) as progress:
-            levels = calibrate(llm, points, measures, kind, args.rounds, progress)
+            levels, measured = calibrate(llm, points, measures, kind, args.rounds, progress)
         chosen = front(levels, COSTS[args.cost])
         fingerprint = checkpoint_fingerprint(args.checkpoint)
         write_profile(
@@ -196,6 +203,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     show(chosen, console)
     console.print(f"Wrote {args.output}.")
+    if args.json is not None:
+        write_points(args, fingerprint, measured)
+        console.print(f"Wrote {args.json}.")
     picture = args.output.with_suffix(".png")
     try:
         draw(picture, levels, chosen, COSTS[args.cost], kind)

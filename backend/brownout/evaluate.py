@@ -156,6 +156,7 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--widen-experts", type=int, default=1, help="repeat the experts' neurons so often (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions (default 0)")
+    parser.add_argument("--json", type=Path, help="file to write the figures of all points to")
 
 
 def open_engine(args: argparse.Namespace) -> LLM:
@@ -164,6 +165,14 @@ def open_engine(args: argparse.Namespace) -> LLM:
         str(args.checkpoint), united=args.united, similarity=args.similarity, device=args.device, dtype=args.dtype,
         max_running=args.batch, widen_experts=args.widen_experts,
     )  # fmt: skip
+
+
+def write_points(args: argparse.Namespace, fingerprint: str, points: Sequence[dict]) -> None:
+    """Write the figures of all points to the file that --json names."""
+    content = {"checkpoint": args.checkpoint.resolve().name, "fingerprint": fingerprint, "batch": args.batch,
+               "seed": args.seed, "questions": args.questions, "points": list(points)}  # fmt: skip
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def make_measures(args: argparse.Namespace, llm: LLM) -> Measures:
@@ -196,7 +205,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(
             name, action="extend", nargs="+", default=[], metavar="POINTS", help=f"points to measure: {SYNTAX}"
         )
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args(argv)
     console = Console()
     try:
@@ -214,10 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     show(results, console)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"checkpoint": args.checkpoint.name, "fingerprint": fingerprint, "batch": args.batch, "seed": args.seed,
-                   "questions": args.questions, "points": results}  # fmt: skip
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_points(args, fingerprint, results)
         console.print(f"Wrote {args.json}.")
     return 0
 

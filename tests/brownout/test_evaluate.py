@@ -131,9 +131,24 @@ def test_the_commands_write_their_files(text_checkpoint, choices, tmp_path, caps
     ]
     path = tmp_path / "profile.json"
     assert (
-        calibrate([*common, "--grid", "united:2,4:0,0.5", "--rounds", "1", "--cost", "slots", "--output", str(path)])
+        calibrate(
+            [
+                *common,
+                "--grid",
+                "united:2,4:0,0.5",
+                "--rounds",
+                "1",
+                "--cost",
+                "slots",
+                "--output",
+                str(path),
+                "--json",
+                str(tmp_path / "all.json"),
+            ]
+        )
         == 0
     )
+    assert len(json.loads((tmp_path / "all.json").read_text())["points"]) == 5
     profile = read_profile(path, checkpoint_fingerprint(text_checkpoint))
     assert profile.batch == 4 and profile.measure == "perplexity" and len(profile.levels) >= 2
     slots = [level.active_slots for level in profile.levels]

@@ -104,10 +104,8 @@ def show(results: Sequence[dict], console: Console) -> None:
                 loss = point[name].get("loss", {"mean": 0.0, "worst": 0.0})
                 cells += [f"{point[name]['mean']:.1f}", f"{loss['mean']:.1f}", f"{loss['worst']:.0f}"]
             rows.append((point, point["questions"], cells))
-        columns = [
-            column for name in FORM_NAMES.values() for column in (f"{name[:6].strip('_')} %", "loss %", "worst %")
-        ]
-        console.print(_table("Demo questions", columns, rows))
+        columns = [column for name in FORM_NAMES.values() for column in (name.partition("_")[0], "loss", "worst")]
+        console.print(_table("Demo questions: right answers, mean loss and that of the worst family, %", columns, rows))
     if "text" in results[0]:
         domains = list(results[0]["text"]["perplexity"])
         rows = [(p, p["text"], [f"{p['text']['perplexity'][name]:.2f}" for name in domains]) for p in results]
@@ -120,9 +118,14 @@ def show(results: Sequence[dict], console: Console) -> None:
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[Mapping, Mapping, list[str]]]) -> Table:
     """Rows of (point, composition, cells)."""
-    table = Table(title=title, caption="* share below 95 % of nominal: not comparable", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title,
+        caption="repl.: replaced assignments, %; * below 95 % of nominal: not comparable",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("settings", no_wrap=True)
-    for column in ("repl. %", "slots", "assign.", *columns):
+    for column in ("repl.", "slots", "assign.", *columns):
         table.add_column(column, justify="right")
     for point, steps, cells in rows:
         mark = "" if steps.get("comparable", True) else " *"

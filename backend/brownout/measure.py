@@ -1,0 +1,234 @@
+"""Quality of a checkpoint under its present brownout settings, through the serving engine, at a stated batch composition."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from backend.brownout.settings import Settings
+from backend.demo.families import FAMILIES
+from backend.demo.quality import MAX_ANSWER_TOKENS, held_out_questions
+from backend.demo.tasks import FORMS, is_right
+from backend.demo.template import prompt_text
+from backend.engine.engine import Engine
+from backend.engine.llm import LLM
+from backend.engine.request import Request, RequestEnded
+from backend.engine.sampling_params import SamplingParams
+from backend.engine.scoring import Scorer
+from backend.errors import ConfigError
+
+#: A point whose share of replaced assignments is below this part of 1 - threshold cannot be compared with others.
+LEAST_SHARE = 0.95
+
+
+class Meter:
+    """What the steps of a measurement were made of; `observe` is called after every step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.steps = self.tokens = self.replaced = 0
+        self.slots = self.assignments = 0.0
+        config = engine.runner.model.config
+        self._per_token = sum(config.moe_layers) * config.top_k
+
+    def observe(self) -> None:
+        model = self.engine.runner.model
+        slots, assignments = model.slot_usage()
+        replaced = model.last_replaced
+        assert replaced is not None
+        self.steps += 1
+        self.tokens += len(replaced)
+        self.replaced += int(replaced.sum())
+        self.slots += sum(slots) / len(slots)
+        self.assignments += assignments * len(replaced)
+
+    def result(self, nominal: float | None) -> dict[str, float | bool]:
+        """Share of assignments that others than their own experts served, beside the `nominal` one (None: there is none)."""
+        share = self.replaced / max(1, self.tokens * self._per_token)
+        found: dict[str, float | bool] = {
+            "united_share": share,
+            "active_slots": self.slots / max(1, self.steps),
+            "assignments_per_token": self.assignments / max(1, self.tokens),
+            "tokens_per_step": self.tokens / max(1, self.steps),
+        }
+        if nominal is not None:
+            found |= {"nominal_share": nominal, "comparable": share >= LEAST_SHARE * nominal}
+        return found
+
+
+def nominal_share(settings: Settings, prefill_tokens: int, decode_tokens: int) -> float | None:
+    """The share of assignments that the thresholds give up; None where the mechanism has no such meaning."""
+    if settings.mechanism not in ("united", "drop"):
+        return None
+    prefill, decode = 1 - settings.threshold_prefill, 1 - settings.threshold_decode
+    return (prefill * prefill_tokens + decode * decode_tokens) / max(1, prefill_tokens + decode_tokens)
+
+
+def apply(llm: LLM, settings: Settings) -> None:
+    """Set the settings and forget what the KV cache holds from others."""
+    llm.set_settings(settings)
+    llm.engine.blocks.clear_cache()
+
+
+def complete(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, after_step: Callable[[], None]
+) -> list[list[int]]:
+    """Tokens made from each prompt, with as many at once as the engine's max_running allows."""
+    engine, made = llm.engine, [[] for _ in prompts]  # type: list[list[int]]
+    waiting = 0
+    while waiting < len(prompts) or engine.has_work:
+        while waiting < len(prompts) and engine.has_room:
+            engine.add(Request(waiting, list(prompts[waiting]), params))
+            waiting += 1
+        for event in engine.step():
+            if isinstance(event, RequestEnded):
+                raise RuntimeError(f"prompt {event.request_id}: {event.message}")
+            made[event.request_id].append(event.token_id)
+        after_step()
+    return made
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a demo family in one of its forms, as tokens."""
+
+    family: str
+    form: str
+    prompt: list[int]
+    answer: str
+
+
+def demo_questions(llm: LLM, number: int, seed: int) -> list[Asked]:
+    """`number` held-out questions of every family and form, families mixed."""
+    asked = [
+        Asked(family, form, llm.tokenizer.encode(prompt_text(prompt)), answer)
+        for family in FAMILIES
+        for form in FORMS
+        for prompt, answer in held_out_questions(family, form, number, seed)
+    ]
+    random.Random(seed).shuffle(asked)
+    return asked
+
+
+def ask(llm: LLM, questions: Sequence[Asked]) -> dict[str, object]:
+    """Share of right answers in percent by form and family, with the steps' composition."""
+    meter = Meter(llm.engine)
+    params = SamplingParams(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
+    made = complete(llm, [q.prompt for q in questions], params, meter.observe)
+    right: dict[str, dict[str, list[bool]]] = {form: {family: [] for family in FAMILIES} for form in FORMS}
+    for question, tokens in zip(questions, made, strict=True):
+        said = llm.tokenizer.decode(tokens)
+        right[question.form][question.family].append(is_right(question.form, said, question.answer))
+    prefill = sum(len(q.prompt) for q in questions)
+    nominal = nominal_share(llm.engine.settings, prefill, sum(len(tokens) - 1 for tokens in made))
+    scores = {form: {family: 100.0 * sum(r) / len(r) for family, r in by.items() if r} for form, by in right.items()}
+    return {"accuracy": scores, **meter.result(nominal)}
+
+
+def relative_loss(full: Mapping[str, float], found: Mapping[str, float]) -> dict[str, object]:
+    """Loss in percent of the full model's score: mean over tasks, the worst task, and every one; tasks at 0 do not count."""
+    loss = {task: 100.0 * (1.0 - found[task] / score) for task, score in full.items() if score > 0}
+    if not loss:
+        return {"mean": 0.0, "worst": 0.0, "worst_task": None, "by_task": {}}
+    worst = max(loss, key=lambda task: loss[task])
+    return {"mean": sum(loss.values()) / len(loss), "worst": loss[worst], "worst_task": worst, "by_task": loss}
+
+
+def perplexity(
+    llm: LLM, domains: Mapping[str, Sequence[Sequence[int]]], batch: int, decode: bool = False
+) -> dict[str, object]:
+    """Perplexity per token of windows of each domain, windows of all domains side by side, with the steps' composition."""
+    meter = Meter(llm.engine)
+    longest = max(len(windows) for windows in domains.values())
+    order = [(name, windows[i]) for i in range(longest) for name, windows in domains.items() if i < len(windows)]
+    scored = Scorer(llm.engine, batch, decode, meter.observe).score([(ids, 1) for _, ids in order])
+    totals = {name: [0.0, 0] for name in domains}
+    for (name, _), found in zip(order, scored, strict=True):
+        totals[name][0] -= float(found.logprobs.sum())
+        totals[name][1] += len(found.logprobs)
+    tokens = sum(len(ids) - 1 for _, ids in order)
+    nominal = nominal_share(llm.engine.settings, 0 if decode else tokens, tokens if decode else 0)
+    return {"perplexity": {n: math.exp(loss / count) for n, (loss, count) in totals.items()}, **meter.result(nominal)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A multiple-choice question: `label` is the number of the right choice."""
+
+    question: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def read_choices(path: Path) -> list[Choice]:
+    """Questions of a JSONL file of {question, choices, label}; raises ConfigError naming a line that is not one."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"questions file {path} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+            choice = Choice(str(raw["question"]), tuple(map(str, raw["choices"])), int(raw["label"]))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"questions file {path}: line {number} is not an object with question, choices and label"
+            ) from None
+        if not 0 <= choice.label < len(choice.choices):
+            raise ConfigError(f"questions file {path}: line {number}: label {choice.label} is not one of the choices")
+        found.append(choice)
+    if not found:
+        raise ConfigError(f"questions file {path} has no questions")
+    return found
+
+
+def multiple_choice(
+    llm: LLM, questions: Sequence[Choice], shots: int, batch: int, seed: int = 0, number: int | None = None
+) -> dict[str, object]:
+    """Accuracy in percent by the choices' summed log-likelihoods, and by those per byte of the choice.
+
+    Each of the first `number` questions follows `shots` others with their answers, drawn with `seed`.
+    """
+    rng = random.Random(seed)
+    sequences, sizes = [], []
+    asked = list(questions[:number])
+    for question in asked:
+        others = [
+            other for other in rng.sample(list(questions), min(shots + 1, len(questions))) if other is not question
+        ]
+        context = "".join(f"{o.question} {o.choices[o.label]}\n\n" for o in others[:shots]) + question.question
+        for choice in question.choices:
+            ids = llm.tokenizer.encode(f"{context} {choice}")
+            first = _common(llm.tokenizer.encode(context), ids)
+            cut = max(0, len(ids) - llm.engine.max_model_len)  # the start of a context that is too long
+            sequences.append((ids[cut:], max(1, first - cut)))
+            sizes.append(len(choice.encode()))
+    meter = Meter(llm.engine)
+    scored = Scorer(llm.engine, batch, after_step=meter.observe).score(sequences)
+    sums = torch.tensor([float(found.logprobs.sum()) for found in scored])
+    right = {"summed": 0, "normalised": 0}
+    start = 0
+    for question in asked:
+        part = slice(start, start + len(question.choices))
+        start = part.stop
+        right["summed"] += int(sums[part].argmax()) == question.label
+        right["normalised"] += int((sums[part] / torch.tensor(sizes[part])).argmax()) == question.label
+    nominal = nominal_share(llm.engine.settings, 1, 0)
+    return {**{kind: 100.0 * count / len(asked) for kind, count in right.items()}, **meter.result(nominal)}
+
+
+def _common(prefix: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens the two begin with in common; a token that spans the border belongs to what follows."""
+    for i, (a, b) in enumerate(zip(prefix, ids, strict=False)):
+        if a != b:
+            return i
+    return min(len(prefix), len(ids))

@@ -1,0 +1,169 @@
+"""Evaluation and calibration on a tiny checkpoint, from command to file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from backend.brownout import measure
+from backend.brownout.calibrate import front
+from backend.brownout.calibrate import main as calibrate
+from backend.brownout.evaluate import Measures, evaluate
+from backend.brownout.evaluate import main as evaluate_command
+from backend.brownout.points import describe, parse_points
+from backend.brownout.profile import Level, read_profile
+from backend.brownout.settings import Settings
+from backend.brownout.united_file import checkpoint_fingerprint
+from backend.engine.llm import LLM
+from backend.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def llm(text_checkpoint):
+    return LLM(str(text_checkpoint), max_running=8)
+
+
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    path = tmp_path_factory.mktemp("choices") / "some.jsonl"
+    rows = [{"question": f"{i} and one is", "choices": [str(i + 1), str(i + 3)], "label": 0} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _measures(llm, choices):
+    windows = [llm.tokenizer.encode(text * 3) for text in ("a quick brown fox ", "1 + 2 = 3, ")]
+    questions = measure.demo_questions(llm, 1, 0)[:12]
+    return Measures(questions, {"words": [windows[0]], "sums": [windows[1]]}, False,
+                    {"some": measure.read_choices(choices)}, 1, None, 8)  # fmt: skip
+
+
+def test_threshold_one_of_every_mechanism_is_no_brownout(llm, choices):
+    points = [Settings(mechanism=mechanism, way=4) for mechanism in ("united", "drop", "top_k", "piggyback", "reroute")]
+    full, *others = evaluate(llm, points, _measures(llm, choices))
+    for point in others:
+        for name in ("united_share", "active_slots", "assignments_per_token", "tokens_per_step"):
+            assert point["questions"][name] == full["questions"][name]
+        assert point["text"]["perplexity"] == full["text"]["perplexity"]
+        assert point["choices"]["some"]["summed"] == full["choices"]["some"]["summed"]
+        assert point["exact_match"]["by_task"] == full["exact_match"]["by_task"]
+        assert point["questions"]["united_share"] == 0.0
+
+
+def test_deeper_dimming_shows_in_slots_share_and_perplexity(llm, choices):
+    results = evaluate(llm, parse_points(["united:4:0.5,0"]), _measures(llm, choices))
+    for part in ("questions", "text"):
+        slots = [point[part]["active_slots"] for point in results]
+        share = [point[part]["united_share"] for point in results]
+        assert slots == sorted(slots, reverse=True) and slots[0] > slots[-1]
+        assert share[0] == 0 < share[1] < share[2] <= 1
+    assert results[2]["text"]["comparable"] and results[2]["text"]["nominal_share"] == 1.0
+    assert results[2]["text"]["perplexity"] != results[0]["text"]["perplexity"]
+
+
+def test_a_share_well_below_nominal_is_not_comparable(llm):
+    measure.apply(llm, Settings(threshold_prefill=0.0, threshold_decode=0.0, way=2))
+    found = measure.perplexity(llm, {"one": [llm.tokenizer.encode("ab")]}, 1, decode=True)
+    measure.apply(llm, Settings())
+    assert found["united_share"] < 0.95 and not found["comparable"]
+
+
+def test_losses_are_relative_to_the_full_model():
+    loss = measure.relative_loss({"a": 50.0, "b": 80.0, "c": 0.0}, {"a": 25.0, "b": 84.0, "c": 10.0})
+    assert loss["mean"] == pytest.approx(22.5) and loss["worst_task"] == "a" and loss["worst"] == 50.0
+
+
+def test_choices_are_scored_by_what_the_model_gives_them(llm):
+    question = measure.Choice("x y", ("abc", "z"), 0)
+    found = measure.multiple_choice(llm, [question], 0, 4)
+    sums = []
+    for choice in question.choices:
+        context, ids = llm.tokenizer.encode("x y"), llm.tokenizer.encode(f"x y {choice}")
+        windows = measure.Scorer(llm.engine).score([(ids, len(context))])
+        sums.append(windows[0].logprobs.sum())
+    assert found["summed"] == 100.0 * (sums[0] > sums[1])
+    assert found["normalised"] == 100.0 * (sums[0] / 3 > sums[1])
+
+
+def test_points_are_grids_written_short():
+    points = parse_points(["united/gate_mass:2,4:0.5:0,1", "top_k:0:0.5", "reroute/0.3:0:0.25", "top_k:0:0.5"])
+    assert [describe(point) for point in points] == [
+        "united/gate_mass:2:0.5:0", "united/gate_mass:2:0.5:1", "united/gate_mass:4:0.5:0", "united/gate_mass:4:0.5:1",
+        "top_k:0:0.5", "reroute/0.3:0:0.25",
+    ]  # fmt: skip
+    assert parse_points([describe(point) for point in points]) == points
+    for text, message in (("united:8", "must be MECHANISM"), ("magic:8:0", "mechanism must be one of"),
+                          ("top_k/x:0:1", "option 'x' is not known"), ("united:a:0", "invalid literal"),
+                          ("united:8:2", "must be between 0 and 1")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            parse_points([text])
+
+
+def test_unusable_questions_are_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    for content, message in (('{"question": "a"}', "line 1 is not an object"), ("", "has no questions"),
+                             ('{"question": "a", "choices": ["b"], "label": 1}', "label 1 is not one")):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            measure.read_choices(path)
+
+
+def test_the_front_keeps_what_no_other_point_beats():
+    full = Level("united", 0, 1.0, 1.0, 0.0, 50.0, 4.0, 1.0)
+    points = [(3.0, 0.8), (2.0, 0.7), (5.0, 0.6), (5.0, 0.9), (0.0, 1.1), (6.0, 0.6)]
+    levels = [full] + [replace(full, way=8, loss_percent=loss, relative_step_time=time) for loss, time in points]
+    assert [(x.loss_percent, x.relative_step_time) for x in front(levels, "relative_step_time")] == [
+        (0.0, 1.0), (2.0, 0.7), (5.0, 0.6)
+    ]  # fmt: skip
+
+
+def test_the_commands_write_their_files(text_checkpoint, choices, tmp_path, capsys):
+    text = tmp_path / "held_out.txt"
+    text.write_text("some words to be predicted " * 10)
+    common = [str(text_checkpoint), "--text", f"words={text}", "--text-window", "33", "--batch", "4"]
+    assert evaluate_command([*common, "--choices", str(choices), "--settings", "united:2:0", "--json", str(tmp_path / "e.json")]) == 0  # fmt: skip
+    assert [p["settings"] for p in json.loads((tmp_path / "e.json").read_text())["points"]] == [
+        "united:0:1",
+        "united:2:0",
+    ]
+    path = tmp_path / "profile.json"
+    assert (
+        calibrate(
+            [
+                *common,
+                "--grid",
+                "united:2,4:0,0.5",
+                "--rounds",
+                "1",
+                "--cost",
+                "slots",
+                "--output",
+                str(path),
+                "--json",
+                str(tmp_path / "all.json"),
+            ]
+        )
+        == 0
+    )
+    assert len(json.loads((tmp_path / "all.json").read_text())["points"]) == 5
+    profile = read_profile(path, checkpoint_fingerprint(text_checkpoint))
+    assert profile.batch == 4 and profile.measure == "perplexity" and len(profile.levels) >= 2
+    slots = [level.active_slots for level in profile.levels]
+    assert slots == sorted(slots, reverse=True)
+
+
+def test_the_commands_say_what_is_wrong(text_checkpoint, checkpoint, capsys):
+    for arguments, message in (
+        ([str(text_checkpoint)], "nothing to measure"),
+        (
+            [str(text_checkpoint), "--questions", "1", "--grid", "united:8:0"],
+            "way 8 is not loaded; loaded ways are 2, 4",
+        ),
+        ([str(checkpoint), "--questions", "1"], "has no tokenizer"),
+    ):
+        assert evaluate_command(arguments) == 1
+        assert message in " ".join(capsys.readouterr().out.split())
+    assert torch.is_inference_mode_enabled() is False

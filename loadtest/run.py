@@ -17,28 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from backend.errors import ConfigError
-from backend.serving.tokenizer import load_tokenizer
 from loadtest.clients import Clients
-from loadtest.load_spec import HELP, build_schedule
-from loadtest.open_loop import LEAD_S, MAX_LATENESS_P99_S, send_open_loop
-from loadtest.prompts import FilePrompts, GeneratedPrompts, Prompts
-from loadtest.record import RequestRecord, Slo
+from loadtest.open_loop import LEAD_S, send_open_loop
+from loadtest.options import add_load_arguments, describe, make_prompts, plan_load
+from loadtest.prompts import Prompts
+from loadtest.record import RequestRecord
 from loadtest.results import RunInfo, RunSummary, summarize_run, summary_path, telemetry_path, write_run
 from loadtest.schedule import Arrival, Schedule
 from loadtest.telemetry import read_telemetry, record_telemetry
+from loadtest.wire import sampling_of
 
 INTERFACES = ("http_stream", "grpc_stream", "http_infer", "grpc_infer")
-
-
-def sampling_of(number: int, arrival: Arrival, seed: int) -> dict[str, object]:
-    """Sampling parameters of a request: exactly the scheduled number of tokens, seeded."""
-    return {
-        "max_tokens": arrival.output_tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "seed": seed * 1_000_003 + number,
-        "brownout": arrival.brownout,
-    }
 
 
 async def run_load(
@@ -89,75 +78,6 @@ async def run_load(
     return summary, records
 
 
-def run_info(name: str, spec: str, seed: int, schedule: Schedule, slo: Slo) -> RunInfo:
-    """The description of a run that has not started yet."""
-    return RunInfo(
-        name=name,
-        arrivals=spec,
-        seed=seed,
-        arrivals_sha256=schedule.sha256(),
-        slo=slo,
-        started_monotonic_s=0.0,
-        started_at="",
-        duration_s=schedule.duration_s,
-        bursts=schedule.bursts,
-    )
-
-
-def make_prompts(file: Path | None, checkpoint: str | None, seed: int) -> Prompts:
-    """Prompts of a file, or generated with the tokenizer of the served checkpoint, or of about the length."""
-    if file is not None:
-        return FilePrompts(file, seed)
-    return GeneratedPrompts(seed, load_tokenizer(checkpoint, None) if checkpoint else None)
-
-
-def print_summary(console: Console, summary: RunSummary) -> None:
-    r, slo = summary.result, summary.run.slo
-    console.print(
-        f"{r.requests} requests: {r.completed} completed, {r.rejected} rejected, {r.failed} failed; "
-        f"{r.output_tokens_per_s:.0f} output tokens/s"
-    )
-    console.print(
-        f"first token p50 {_ms(r.ttft_p50_s)}, p99 {_ms(r.ttft_p99_s)}; promised {_ms(slo.ttft_s)}: "
-        f"{_percent(r.ttft_violation_ratio)} of requests late"
-    )
-    console.print(
-        f"between tokens p50 {_ms(r.itl_p50_s)}, p99 {_ms(r.itl_p99_s)}; promised {_ms(slo.itl_s)}: "
-        f"{_percent(r.itl_violation_ratio)} of tokens late; {_percent(r.violating_seconds_ratio)} of seconds late"
-    )
-    if not summary.valid:
-        console.print(
-            f"[red]Invalid run:[/red] the load generator started requests {_ms(summary.generator_lateness_p99_s)} late "
-            f"(p99; allowed {_ms(MAX_LATENESS_P99_S)}). Send less, or from another machine."
-        )
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1e3:.0f} ms"
-
-
-def _percent(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.1%}"
-
-
-def add_load_arguments(parser) -> None:
-    """The options that say what to send; the same for the command and for Locust."""
-    parser.add_argument("--arrivals", default="step:base=2,duration=60", help=f"the load: {HELP} (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of times, lengths and prompts (default 0)")
-    parser.add_argument("--input-tokens", default="128", help="prompt length, N or LOW-HIGH (default 128)")
-    parser.add_argument("--output-tokens", default="64", help="answer length, N or LOW-HIGH (default 64)")
-    parser.add_argument(
-        "--never-share", type=float, default=0.0, help="share of requests exempt from brownout (default 0)"
-    )
-    parser.add_argument("--prompts", default="", help='JSON lines with "text" to use as prompts')
-    parser.add_argument(
-        "--checkpoint", default="", help="served checkpoint folder, whose tokenizer makes lengths exact"
-    )
-    parser.add_argument("--slo-ttft", type=float, default=1.0, help="promised time to the first token, s (default 1)")
-    parser.add_argument("--slo-itl", type=float, default=0.1, help="promised time between tokens, s (default 0.1)")
-    parser.add_argument("--record", default="", help="file for the records (JSON lines); the summary goes beside it")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="loadtest.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC address: gRPC streams; with both, in turn")
     parser.add_argument("--interfaces", help=f"instead, in turn: comma-separated list of {', '.join(INTERFACES)}")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="its metrics port: record thresholds, slots and queue")
-    parser.add_argument("--name", default="", help="what the run is called in reports")
     add_load_arguments(parser)
     args = parser.parse_args(argv)
     addresses = {"http": args.http, "grpc": args.grpc}
@@ -180,17 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     record = Path(args.record) if args.record else None
     try:
-        schedule = build_schedule(
-            args.arrivals,
-            seed=args.seed,
-            input_tokens=args.input_tokens,
-            output_tokens=args.output_tokens,
-            never_share=args.never_share,
-        )
-        slo = Slo(ttft_s=args.slo_ttft, itl_s=args.slo_itl)
-        name = args.name or (record.stem if record else "run")
-        info = run_info(name, args.arrivals, args.seed, schedule, slo)
-        prompts = make_prompts(Path(args.prompts) if args.prompts else None, args.checkpoint or None, args.seed)
+        schedule, info = plan_load(args)
+        prompts = make_prompts(args)
     except ConfigError as error:
         parser.error(str(error))
     summary, _ = asyncio.run(
@@ -206,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             console=console,
         )
     )
-    print_summary(console, summary)
+    for line in describe(summary):
+        console.print(line, highlight=False)
     if record:
         console.print(f"Wrote {record} and {summary_path(record)}.")
     return 0 if summary.valid and not summary.result.failed else 1

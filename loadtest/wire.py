@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from loadtest.record import RequestRecord
+from loadtest.schedule import Arrival
 
 STREAM_MODEL = "moe_llm"
 INFER_MODEL = "moe_llm_infer"
@@ -50,6 +51,17 @@ def generate_body(prompt: str, sampling: Mapping) -> dict[str, object]:
     """JSON body of a generate_stream request."""
     body = {"text_input": prompt, "stream": True, "sampling_parameters": json.dumps(dict(sampling))}
     return body | dict.fromkeys(RETURN, True)
+
+
+def sampling_of(number: int, arrival: Arrival, seed: int) -> dict[str, object]:
+    """Sampling parameters of a request: exactly the scheduled number of tokens, seeded."""
+    return {
+        "max_tokens": arrival.output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "seed": seed * 1_000_003 + number,
+        "brownout": arrival.brownout,
+    }
 
 
 def outputs_of(result) -> dict[str, object]:

@@ -17,6 +17,9 @@ from backend.errors import ConfigError
 #: The server writes its metrics once a second; reading twice as often loses nothing of that.
 PERIOD_S = 0.5
 
+#: Full quality has to last this long to count as restored.
+HOLD_S = 5.0
+
 _FIELDS = {
     "moe_requests_running": "running",
     "moe_requests_waiting": "waiting",
@@ -94,18 +97,11 @@ def mean_over_time(samples: Sequence[Sample], name: str) -> float | None:
 
 
 def recovery_s(samples: Sequence[Sample], burst_end_s: float) -> float | None:
-    """Seconds from a burst's end until both thresholds are back at 1 and stay there; None if unknown or never."""
+    """Seconds from a burst's end until both thresholds are back at 1 for at least HOLD_S; None if unknown or never."""
     known = [s for s in samples if s.threshold_prefill is not None and s.threshold_decode is not None]
-    if not known or known[-1].time_s < burst_end_s or not _is_full(known[-1]):
-        return None
-    back = next(s for s, rest in zip(known, _suffixes_full(known), strict=True) if rest)
-    return max(0.0, back.time_s - burst_end_s)
-
-
-def _is_full(sample: Sample) -> bool:
-    return sample.threshold_prefill >= 1 and sample.threshold_decode >= 1
-
-
-def _suffixes_full(samples: Sequence[Sample]) -> list[bool]:
-    """For each reading, whether it and all after it are at full quality."""
-    return list(itertools.accumulate((_is_full(s) for s in reversed(samples)), lambda a, b: a and b))[::-1]
+    dimmed = [s.time_s for s in known if s.threshold_prefill < 1 or s.threshold_decode < 1]
+    for s in known:
+        held = s.time_s + HOLD_S <= known[-1].time_s and not any(s.time_s <= t <= s.time_s + HOLD_S for t in dimmed)
+        if s.time_s >= burst_end_s and held:
+            return s.time_s - burst_end_s
+    return None

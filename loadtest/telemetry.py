@@ -100,8 +100,10 @@ def recovery_s(samples: Sequence[Sample], burst_end_s: float) -> float | None:
     """Seconds from a burst's end until both thresholds are back at 1 for at least HOLD_S; None if unknown or never."""
     known = [s for s in samples if s.threshold_prefill is not None and s.threshold_decode is not None]
     dimmed = [s.time_s for s in known if s.threshold_prefill < 1 or s.threshold_decode < 1]
-    for s in known:
-        held = s.time_s + HOLD_S <= known[-1].time_s and not any(s.time_s <= t <= s.time_s + HOLD_S for t in dimmed)
-        if s.time_s >= burst_end_s and held:
-            return s.time_s - burst_end_s
+    # The reading in force at the burst's end comes first: it may be at full quality already.
+    begin = max((i for i, s in enumerate(known) if s.time_s <= burst_end_s), default=0)
+    for s in known[begin:]:
+        from_s = max(s.time_s, burst_end_s)
+        if from_s + HOLD_S <= known[-1].time_s and not any(s.time_s <= t <= from_s + HOLD_S for t in dimmed):
+            return from_s - burst_end_s
     return None

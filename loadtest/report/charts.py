@@ -86,7 +86,7 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
             "requests per second",
             runs[:1] if _same_requests(runs) else runs,
             lambda run: run.arrivals(),
-            label=(lambda run: "requests") if _same_requests(runs) else None,
+            label="requests" if _same_requests(runs) else None,
         ),
         _latency(
             "first_token",
@@ -184,10 +184,13 @@ def _over_time(
     unit: str,
     runs: Sequence[RunData],
     line: Callable[[RunData], Line],
-    label: Callable[[RunData], str] | None = None,
+    label: str | None = None,
 ) -> Chart:
     def draw(axes: Axes, run: RunData, number: int) -> None:
-        _step(axes, line(run), number, label(run) if label else run.name)
+        if label:
+            axes.plot(*line(run), color=_INK, linewidth=1.6, drawstyle="steps-mid", label=label)
+        else:
+            _step(axes, line(run), number, run.name)
 
     return _figure(name, title, sentence, unit, runs, draw)
 

@@ -9,7 +9,7 @@ from string import Template
 
 from loadtest.report.charts import Chart, make_charts
 from loadtest.report.run_data import RunData
-from loadtest.report.words import conclusion, table, warnings
+from loadtest.report.words import conclusion, table, verdict, warnings
 
 _INTRODUCTION = (
     "A language model of the Mixture-of-Experts kind has many small networks, its experts, and asks a few of them for every "
@@ -40,6 +40,7 @@ h2 { font-size: 1.15rem; margin: 0 0 2px; }
 p { margin: 6px 0; }
 section, figure { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; margin: 16px 0 0; padding: 16px 20px; }
 .conclusion { border-left: 5px solid var(--run1); }
+.conclusion h2 { font-size: 1.3rem; }
 .conclusion li { font-size: 1.08rem; margin: 2px 0; }
 .conclusion ul { margin: 8px 0 0; padding-left: 20px; }
 .warning { border-left: 5px solid var(--bad); }
@@ -61,7 +62,7 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 <h1>$title</h1>
 <p class="note">$subtitle</p>
 $warnings
-<section class="conclusion"><h2>Result</h2><ul>$conclusion</ul></section>
+<section class="conclusion"><h2>$verdict</h2><ul>$conclusion</ul></section>
 <section><h2>What is this?</h2><p>$introduction</p></section>
 $charts
 <section><h2>All figures</h2><div class="scroll">$table</div></section>
@@ -92,7 +93,8 @@ def write_report(
 
 def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str, notes: Sequence[str]) -> str:
     """The whole HTML text."""
-    subtitle = " against ".join(f"“{run.name}”" for run in reversed(runs)) if len(runs) > 1 else f"“{runs[0].name}”"
+    names = [f"“{run.name}”" for run in runs]
+    subtitle = f"{', '.join(names[:-1])} and {names[-1]} compared" if len(runs) > 1 else names[0]
     subtitle += f" · {runs[0].summary.run.started_at[:16].replace('T', ' ')} UTC"
     problems = warnings(runs)
     return _PAGE.substitute(
@@ -101,6 +103,7 @@ def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str, notes: Se
         warnings=f'<section class="warning"><h2>Take care</h2><ul>{_items(problems)}</ul></section>'
         if problems
         else "",
+        verdict=html.escape(verdict(runs)),
         conclusion=_items([*conclusion(runs), *notes]),
         introduction=_INTRODUCTION,
         charts="\n".join(_figure(chart) for chart in charts),
@@ -127,8 +130,8 @@ def _table(runs: Sequence[RunData]) -> str:
     lines = [f"<tr><th></th>{''.join(heads)}</tr>"]
     for title, values, differences in table(runs):
         cells = f"<td>{html.escape(values[0])}</td>"
-        for value, (text, verdict) in zip(values[1:], differences, strict=True):
-            cells += f'<td>{html.escape(value)}</td><td class="{verdict}">{html.escape(text)}</td>'
+        for value, (text, judgement) in zip(values[1:], differences, strict=True):
+            cells += f'<td>{html.escape(value)}</td><td class="{judgement}">{html.escape(text)}</td>'
         lines.append(f"<tr><td>{html.escape(title)}</td>{cells}</tr>")
     return f"<table>{''.join(lines)}</table>"
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from loadtest.open_loop import MAX_LATENESS_P99_S
 from loadtest.options import ms, percent
 from loadtest.report.run_data import RunData, common
-from loadtest.results import RunResult
 
 #: Row title, field of RunResult, how to write a value, and whether less is better (None: neither).
 ROWS: list[tuple[str, str, Callable[[float | None], str], bool | None]] = [
@@ -33,6 +32,26 @@ ROWS: list[tuple[str, str, Callable[[float | None], str], bool | None]] = [
         True,
     ),
 ]
+
+
+def verdict(runs: Sequence[RunData]) -> str:
+    """The result in one line."""
+    first, last = (run.summary.result for run in (runs[0], runs[-1]))
+    names = ("ttft_violation_ratio", "itl_violation_ratio")
+    if len(runs) == 1:
+        worst = max((getattr(last, name) or 0.0 for name in names), default=0.0)
+        return f"At least {percent(1 - worst)} of requests and of words came in time"
+    changes = [
+        getattr(last, n) / getattr(first, n) - 1 for n in names if getattr(first, n) and getattr(last, n) is not None
+    ]
+    versus = f"with “{runs[-1].name}” than with “{runs[0].name}”"
+    if not changes:
+        return f"“{runs[0].name}” broke no promise: the load was too low to tell the runs apart"
+    if max(changes) < 0:
+        return f"{-max(changes):.0%} fewer broken promises {versus}"
+    if min(changes) > 0:
+        return f"More broken promises {versus}"
+    return f"No clear gain {versus}"
 
 
 def conclusion(runs: Sequence[RunData]) -> list[str]:
@@ -121,12 +140,13 @@ def _difference(base: float | None, value: float | None, name: str, less_is_bett
     change = value - base
     if name.endswith(("_ratio", "_share")):
         text = f"{100 * change:+.1f} points"
+    elif name.startswith("mean_threshold"):
+        text = f"{change:+.2f}"
+    elif name == "recovery_s":
+        text = f"{change:+.0f} s"
     elif name in ("requests", "completed", "rejected", "failed") or not base:
         text = f"{change:+.3g}"
     else:
         text = f"{change / base:+.0%}"
-    verdict = "" if less_is_better is None else "better" if (change < 0) == less_is_better else "worse"
-    return text.replace("-", "−"), verdict
-
-
-assert {name for _, name, _, _ in ROWS} <= set(RunResult.__struct_fields__)
+    judgement = "" if less_is_better is None else "better" if (change < 0) == less_is_better else "worse"
+    return text.replace("-", "−"), judgement

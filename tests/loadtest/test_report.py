@@ -2,10 +2,13 @@
 
 import re
 
+import msgspec
 import pytest
 
 from loadtest.record import RequestRecord, Slo
 from loadtest.report.__main__ import main
+from loadtest.report.run_data import load_run
+from loadtest.report.words import verdict, warnings
 from loadtest.results import RunInfo, summarize_run, telemetry_path, write_run
 from loadtest.telemetry import Sample
 
@@ -40,7 +43,7 @@ def write(folder, name: str, ttft_s: float, sha: str = "ab", late_s: float = 0.0
         for i in range(30)
     ]
     write_run(path, summarize_run(info, records, samples), records)
-    telemetry_path(path).write_text("".join(f'{{"time_s": {s.time_s}, "threshold_decode": 0.5}}\n' for s in samples))
+    telemetry_path(path).write_bytes(b"".join(msgspec.json.encode(sample) + b"\n" for sample in samples))
     return path
 
 
@@ -61,23 +64,45 @@ def test_a_page_of_two_runs_stands_alone(tmp_path, capsys):
 
 
 def test_runs_that_do_not_compare_are_warned_about(tmp_path):
-    runs = [write(tmp_path, "a", 0.2, late_s=0.1), write(tmp_path, "b", 0.2, sha="cd")]
-    assert main([*map(str, runs), "--output", str(tmp_path / "report")]) == 0
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "“a” is invalid: the load generator started requests 100 ms late" in page
-    assert "The runs did not get the same requests" in page
+    runs = [load_run(str(write(tmp_path, "a", 0.2, late_s=0.1))), load_run(str(write(tmp_path, "b", 0.2, sha="cd")))]
+    late, different = warnings(runs)
+    assert "“a” is invalid: the load generator started requests 100 ms late" in late
+    assert "The runs did not get the same requests" in different
+    assert warnings(runs[1:]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["off", "on"], "100% fewer broken promises with “on” than with “off”"),
+        (["on", "off"], "“on” broke no promise"),
+        (["off"], "At least 0.0% of requests"),
+    ],
+)
+def test_the_verdict_follows_from_the_figures(tmp_path, names, expected):
+    paths = {"off": write(tmp_path, "off", 0.9), "on": write(tmp_path, "on", 0.2)}
+    assert verdict([load_run(str(paths[name])) for name in names]).startswith(expected)
 
 
 def test_a_folder_names_its_only_run(tmp_path):
     write(tmp_path, "only", 0.2)
-    assert main([str(tmp_path), "--output", str(tmp_path / "report")]) == 0
-    assert "“only”" in (tmp_path / "report" / "report.html").read_text()
+    assert load_run(str(tmp_path)).name == "only"
+    assert load_run(f"other={tmp_path}").name == "other"
+
+
+def test_windows_hold_every_request_and_token(tmp_path):
+    run = load_run(str(write(tmp_path, "run", 0.2, lost=4)))
+    assert sum(run.arrivals()[1]) * run.window_s == pytest.approx(30)
+    assert sum(run.lost()[1]) * run.window_s == pytest.approx(4)
+    times, rates = run.throughput()
+    assert times == sorted(times) and max(rates) == pytest.approx(5.0, rel=0.2)
 
 
 @pytest.mark.parametrize("make", ["nothing", "two"])
 def test_what_is_no_run_is_named(tmp_path, capsys, make):
     if make == "two":
-        write(tmp_path, "a", 0.2), write(tmp_path, "b", 0.2)
+        write(tmp_path, "a", 0.2)
+        write(tmp_path, "b", 0.2)
     target = tmp_path if make == "two" else tmp_path / "absent.jsonl"
     assert main([str(target)]) == 1
     assert str(target) in capsys.readouterr().err

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
+import grpc
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http.aio as http_aio
@@ -127,7 +128,7 @@ class Clients:
 async def _recorded(
     protocol: str, number: int, intended_s: float | None, run: Callable[[RequestRecord], Awaitable[None]]
 ) -> RequestRecord:
-    """Run a request and file its outcome: rejected when the server said UNAVAILABLE, failed for every other error."""
+    """Run a request and file its outcome; an error of any transport ends up in the record."""
     now = time.monotonic()
     record = RequestRecord(
         id=number, protocol=protocol, intended_start_s=now if intended_s is None else intended_s, start_s=now
@@ -137,7 +138,7 @@ async def _recorded(
         if not record.responses:
             raise ServerError("the stream ended without a response")
         record.end_s = time.monotonic()
-    except (InferenceServerException, aiohttp.ClientError, OSError, ServerError) as error:
+    except (InferenceServerException, grpc.RpcError, aiohttp.ClientError, OSError, ServerError) as error:
         note_error(record, error)
     return record
 

@@ -22,13 +22,18 @@ class ServerError(Exception):
     """An error inside a response's body."""
 
 
+#: Parts of the messages with which the server refuses for lack of room. On streams only the message tells, and the code
+#: UNAVAILABLE also stands for timeouts and for a server that is not there.
+_REFUSALS = ("queue is full", "retry in", "shutting down")
+
+
 def is_rejection(message: str) -> bool:
-    """Whether the server refused for lack of room: over HTTP only the message tells."""
-    return "UNAVAILABLE" in message or "queue is full" in message or "retry in" in message
+    """Whether the server declined a request that it could have served with more room."""
+    return any(part in message for part in _REFUSALS)
 
 
 def note_error(record: RequestRecord, error: Exception) -> None:
-    """File an outcome: rejected when the server said UNAVAILABLE, failed for every other error."""
+    """File an outcome: rejected when the server declined, failed for every other error."""
     record.error = str(error) or type(error).__name__
     record.outcome = "rejected" if is_rejection(record.error) else "failed"
 

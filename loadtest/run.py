@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         prompts = make_prompts(args)
     except ConfigError as error:
         parser.error(str(error))
-    summary, _ = asyncio.run(
+    summary, records = asyncio.run(
         run_load(
             schedule,
             prompts,
@@ -118,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     for line in describe(summary):
         console.print(line, highlight=False)
+    errors = Counter((result.outcome, result.error) for result in records if result.error)
+    for (outcome, error), count in errors.most_common(3):
+        console.print(f"{count} × {outcome}: {error}", highlight=False, markup=False)
     if record:
         console.print(f"Wrote {record} and {summary_path(record)}.")
     return 0 if summary.valid and not summary.result.failed else 1

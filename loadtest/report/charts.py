@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loadtest.report.run_data import Line, RunData, common
 
@@ -57,6 +57,7 @@ class Chart:
     def svg(self) -> str:
         """An <svg> element for an HTML page, coloured by the page's variables."""
         buffer = io.StringIO()
+        self._head(None)
         with mpl.rc_context({**_STYLE, "svg.hashsalt": self.name}):
             self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         text = buffer.getvalue()
@@ -70,9 +71,16 @@ class Chart:
 
     def write_png(self, folder: Path) -> Path:
         path = folder / f"{self.name}.png"
+        self._head(self.title)
         with mpl.rc_context(_STYLE):
             self._figure.savefig(path, dpi=150, facecolor="white")
         return path
+
+    def _head(self, title: str | None) -> None:
+        """Put a title above the legend: pictures stand alone, on the page the title is text."""
+        (legend,) = self._figure.legends
+        legend.set_title(title, prop={"weight": "bold", "size": 11})
+        legend.set_alignment("left")
 
 
 def make_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -140,7 +148,7 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
         _step(axes, run.telemetry("threshold_decode"), number, run.name, "-")
         axes.set_ylim(0, 1.08)
 
-    return [
+    charts = [
         _figure(
             "thresholds",
             "The dimmer",
@@ -159,14 +167,6 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
             lambda run: run.telemetry("active_slots"),
         ),
         _over_time(
-            "united_share",
-            "Who did the work",
-            "Share of the expert work done by united (merged) experts in place of the original ones.",
-            "share",
-            runs,
-            lambda run: run.telemetry("united_share"),
-        ),
-        _over_time(
             "queue",
             "The queue",
             "Requests that wait for their first word.",
@@ -175,6 +175,18 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
             lambda run: run.telemetry("waiting"),
         ),
     ]
+    if any(share > 0 for run in runs for share in run.telemetry("united_share")[1]):
+        charts.append(
+            _over_time(
+                "united_share",
+                "Who did the work",
+                "Share of the expert work done by united (merged) experts in place of the original ones.",
+                "share",
+                runs,
+                lambda run: run.telemetry("united_share"),
+            )
+        )
+    return charts
 
 
 def _over_time(
@@ -188,7 +200,7 @@ def _over_time(
 ) -> Chart:
     def draw(axes: Axes, run: RunData, number: int) -> None:
         if label:
-            axes.plot(*line(run), color=_INK, linewidth=1.6, drawstyle="steps-mid", label=label)
+            axes.plot(*line(run), color=_INK, linewidth=1.6, drawstyle="steps-post", label=label)
         else:
             _step(axes, line(run), number, run.name)
 
@@ -218,6 +230,8 @@ def _latency(
         axes.plot(times, middle, color=colour, linewidth=1.9, linestyle=_dash(number), label=run.name)
         if is_log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
     return _figure(name, title, sentence, "seconds" + (" (log scale)" if is_log else ""), runs, draw, promises)
@@ -292,7 +306,7 @@ def _step(axes: Axes, line: Line, number: int, label: str, style: str | None = N
         color=_colour(number),
         linestyle=style or _dash(number),
         linewidth=1.9,
-        drawstyle="steps-mid",
+        drawstyle="steps-post",
         label=label,
     )
 

@@ -14,7 +14,7 @@ from loadtest.record import RequestRecord, Slo, read_records, weighted_percentil
 from loadtest.results import RunSummary, itl_latencies, summary_path, telemetry_path, ttft_latencies
 from loadtest.telemetry import Sample, read_telemetry
 
-#: (times, values) of a line.
+#: (times, values) of a line; rates and readings hold from their time until the next.
 Line = tuple[list[float], list[float]]
 #: Windows are 2 s long as in BrownoutServe, or longer where a run would have more than so many.
 _MIN_WINDOW_S = 2.0
@@ -74,22 +74,20 @@ class RunData:
         return int((at_s - self._start_s) // self.window_s)
 
     def _rate(self, events: Iterable[tuple[float, int]], length_s: float) -> Line:
-        """Events (time, weight) per second in windows over `length_s`; the last window may be a short one."""
+        """Events (time, weight) per second in windows over `length_s`, from each window's start; the last may be short."""
         edges = np.append(np.arange(0.0, length_s, self.window_s), length_s)
         times, weights = np.array([(at_s - self._start_s, weight) for at_s, weight in events] or [(0.0, 0)]).T
         counts, _ = np.histogram(np.clip(times, 0.0, length_s), edges, weights=weights)
         rates = counts / np.diff(edges)
-        return self._middles(range(len(rates))), rates.tolist()
+        return edges.tolist(), [*rates.tolist(), float(rates[-1])]
 
     def _percentile(self, latencies: list, percent: float) -> Line:
         windows: dict[int, list[tuple[float, int]]] = defaultdict(list)
         for at_s, value, weight, _ in latencies:
             windows[self._window(at_s)].append((value, weight))
         numbers = sorted(windows)
-        return self._middles(numbers), [weighted_percentile(windows[n], percent) for n in numbers]
-
-    def _middles(self, numbers) -> list[float]:
-        return [(n + 0.5) * self.window_s for n in numbers]
+        middles = [(n + 0.5) * self.window_s for n in numbers]
+        return middles, [weighted_percentile(windows[n], percent) for n in numbers]
 
 
 def load_run(text: str) -> RunData:

@@ -19,13 +19,14 @@ from rich.progress import Progress
 
 from backend.errors import ConfigError
 from loadtest.clients import Clients
+from loadtest.control_log import read_course
 from loadtest.open_loop import LEAD_S, send_open_loop
 from loadtest.options import add_load_arguments, describe, make_prompts, plan_load
 from loadtest.prompts import Prompts
 from loadtest.record import RequestRecord
 from loadtest.results import RunInfo, RunSummary, summarize_run, summary_path, telemetry_path, write_run
 from loadtest.schedule import Arrival, Schedule
-from loadtest.telemetry import read_telemetry, record_telemetry
+from loadtest.telemetry import record_telemetry
 from loadtest.wire import sampling_of
 
 INTERFACES = ("http_stream", "grpc_stream", "http_infer", "grpc_infer")
@@ -72,8 +73,7 @@ async def run_load(
                 if watch:
                     watch.cancel()
                     await asyncio.wait([watch])
-    samples = read_telemetry(telemetry_path(record)) if record else []
-    summary = summarize_run(info, records, samples)
+    summary = summarize_run(info, records, read_course(record) if record else [])
     if record:
         write_run(record, summary, records)
     return summary, records

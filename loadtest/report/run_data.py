@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 
 from backend.errors import ConfigError
+from loadtest.control_log import read_course
 from loadtest.record import RequestRecord, Slo, read_records, weighted_percentile
-from loadtest.results import RunSummary, itl_latencies, summary_path, telemetry_path, ttft_latencies
-from loadtest.telemetry import Sample, read_telemetry
+from loadtest.results import RunSummary, itl_latencies, summary_path, ttft_latencies
+from loadtest.telemetry import Sample
 
 #: (times, values) of a line; rates and readings hold from their time until the next.
 Line = tuple[list[float], list[float]]
@@ -105,7 +106,7 @@ def load_run(text: str) -> RunData:
         raise ConfigError(
             f"run {path}: its records or summary ({summary_path(path).name}) are unusable: {error}"
         ) from None
-    return RunData(name or summary.run.name, summary, records, read_telemetry(telemetry_path(path)))
+    return RunData(name or summary.run.name, summary, records, read_course(path))
 
 
 def _records_file(path: Path) -> Path:

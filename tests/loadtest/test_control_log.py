@@ -1,0 +1,31 @@
+"""The controller's log gives the thresholds; telemetry gives the rest."""
+
+from loadtest.control_log import control_log_path, read_course
+from loadtest.results import telemetry_path
+from loadtest.telemetry import Sample
+
+
+def test_thresholds_come_from_the_log_wherever_they_stand(tmp_path):
+    records = tmp_path / "run.jsonl"
+    telemetry_path(records).write_text('{"time_s": 2.0, "threshold_prefill": 1, "threshold_decode": 1, "waiting": 7}\n')
+    assert read_course(records) == [Sample(time_s=2.0, threshold_prefill=1, threshold_decode=1, waiting=7)]
+    lines = [
+        '{"time_s": 1.5, "threshold_prefill": 1, "threshold_decode": 0.8}',
+        '{"event": "started", "time_s": 0.5}',
+        '{"time_s": 2.5, "decision": {"threshold_prefill": 0.9, "threshold_decode": 0.6}, "reading": {"time_s": 2.4, '
+        '"threshold_prefill": 1, "threshold_decode": 0.8}}',
+        '{"reading": {"time_s": 3.5}, "settings": {"threshold_prefill": 1, "threshold_decode": 1}, "mode": "hold"}',
+        "[1]",
+        '{"time_s": 4.5, "threshold_pre',
+    ]
+    control_log_path(records).write_text("\n".join(lines))
+    assert read_course(records) == [
+        Sample(time_s=1.5, threshold_prefill=1, threshold_decode=0.8),
+        Sample(time_s=2.0, waiting=7),
+        Sample(time_s=2.5, threshold_prefill=0.9, threshold_decode=0.6),
+        Sample(time_s=3.5, threshold_prefill=1, threshold_decode=1),
+    ]
+
+
+def test_a_run_without_either_has_no_course(tmp_path):
+    assert read_course(tmp_path / "run.jsonl") == []

@@ -67,7 +67,7 @@ class OpenLoopTest:
             runner.register_message(_PART_MESSAGE, self._on_part)
         else:
             environment.events.test_start.add_listener(self._on_test_start)
-            environment.events.quitting.add_listener(lambda **_: self._collect())
+            environment.events.quit.add_listener(lambda **_: self._collect())
         if self._is_master:
             runner.register_message(_RECORDS_MESSAGE, self._on_records)
         environment.events.test_stop.add_listener(self._on_test_stop)

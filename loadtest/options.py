@@ -7,10 +7,9 @@ from pathlib import Path
 
 from backend.serving.tokenizer import load_tokenizer
 from loadtest.load_spec import HELP, build_schedule
-from loadtest.open_loop import MAX_LATENESS_P99_S
 from loadtest.prompts import FilePrompts, GeneratedPrompts, Prompts
 from loadtest.record import Slo
-from loadtest.results import RunInfo, RunSummary
+from loadtest.results import RunInfo, RunSummary, why_invalid
 from loadtest.schedule import Schedule
 
 
@@ -58,6 +57,7 @@ def plan_load(args: argparse.Namespace, arrivals: str | None = None) -> tuple[Sc
         started_monotonic_s=0.0,
         started_at="",
         duration_s=schedule.duration_s,
+        planned_requests=len(schedule.arrivals),
         bursts=schedule.bursts,
     )
     return schedule, info
@@ -83,10 +83,7 @@ def describe(summary: RunSummary) -> list[str]:
         f"{percent(r.violating_seconds_ratio)} of seconds broke a promise",
     ]
     if not summary.valid:
-        lines.append(
-            f"INVALID: the load generator started requests {ms(summary.generator_lateness_p99_s)} late (p99; allowed "
-            f"{ms(MAX_LATENESS_P99_S)}): send less, or from another machine"
-        )
+        lines.append(f"INVALID: {why_invalid(summary)}")
     return lines
 
 

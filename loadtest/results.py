@@ -38,6 +38,7 @@ class RunInfo(msgspec.Struct, kw_only=True):
     started_monotonic_s: float
     started_at: str
     duration_s: float
+    planned_requests: int
     bursts: list[tuple[float, float]] = []
 
 
@@ -63,7 +64,7 @@ class RunResult(msgspec.Struct, kw_only=True):
 
 
 class RunSummary(msgspec.Struct, kw_only=True):
-    """The summary file of a run. A run is invalid when the load generator itself was late."""
+    """The summary file of a run. A run is invalid when the load generator itself was late, or was stopped early."""
 
     run: RunInfo
     generator_lateness_p99_s: float
@@ -99,7 +100,22 @@ def summarize_run(info: RunInfo, records: Sequence[RequestRecord], samples: Sequ
         recovery_s=recovery_s(samples, info.started_monotonic_s + info.bursts[-1][1]) if info.bursts else None,
     )
     return RunSummary(
-        run=info, generator_lateness_p99_s=lateness_s, valid=lateness_s <= MAX_LATENESS_P99_S, result=result
+        run=info,
+        generator_lateness_p99_s=lateness_s,
+        valid=lateness_s <= MAX_LATENESS_P99_S and len(records) == info.planned_requests,
+        result=result,
+    )
+
+
+def why_invalid(summary: RunSummary) -> str:
+    """What makes the figures of a run worthless; empty for a valid one."""
+    if summary.valid:
+        return ""
+    if summary.result.requests < summary.run.planned_requests:
+        return f"only {summary.result.requests} of {summary.run.planned_requests} planned requests were sent"
+    return (
+        f"the load generator started requests {summary.generator_lateness_p99_s * 1e3:.0f} ms late (p99; allowed "
+        f"{MAX_LATENESS_P99_S * 1e3:.0f} ms), so the figures measure the generator"
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from loadtest.open_loop import MAX_LATENESS_P99_S
 from loadtest.options import ms, percent
 from loadtest.report.run_data import RunData, common
+from loadtest.results import why_invalid
 
 #: Row title, field of RunResult, how to write a value, and whether less is better (None: neither).
 ROWS: list[tuple[str, str, Callable[[float | None], str], bool | None]] = [
@@ -109,12 +109,7 @@ def _change(before: float | None, after: float | None) -> str:
 
 def warnings(runs: Sequence[RunData]) -> list[str]:
     """What a reader must know before trusting the figures."""
-    found = [
-        f"“{run.name}” is invalid: the load generator started requests {ms(run.summary.generator_lateness_p99_s)} late "
-        f"(p99; allowed {ms(MAX_LATENESS_P99_S)}), so the figures measure the generator."
-        for run in runs
-        if not run.summary.valid
-    ]
+    found = [f"“{run.name}” is invalid: {why_invalid(run.summary)}." for run in runs if not run.summary.valid]
     if not common(runs, lambda run: run.summary.run.arrivals_sha256):
         found.append("The runs did not get the same requests: compare with care.")
     if not common(runs, lambda run: run.slo):

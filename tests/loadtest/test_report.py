@@ -36,6 +36,7 @@ def write(folder, name: str, ttft_s: float, sha: str = "ab", late_s: float = 0.0
         started_monotonic_s=50.0,
         started_at="2030-01-01T00:00:00+00:00",
         duration_s=30.0,
+        planned_requests=30,
         bursts=[(10.0, 20.0)],
     )
     path = folder / f"{name}.jsonl"

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from loadtest.record import RequestRecord, Slo
-from loadtest.results import RunInfo, RunSummary, summarize_run, summary_path, write_run
+from loadtest.results import RunInfo, RunSummary, summarize_run, summary_path, why_invalid, write_run
 from loadtest.telemetry import Sample, mean_over_time, parse_metrics, recovery_s
 
 SLO = Slo(ttft_s=0.5, itl_s=0.1)
@@ -22,6 +22,7 @@ def info(**overrides) -> RunInfo:
         "started_monotonic_s": 100.0,
         "started_at": "2030-01-01T00:00:00+00:00",
         "duration_s": 10.0,
+        "planned_requests": 5,
     }
     return RunInfo(**values | overrides)
 
@@ -89,6 +90,12 @@ def test_a_run_whose_generator_was_late_is_invalid(late_s, valid):
     summary = summarize_run(info(), records)
     assert summary.generator_lateness_p99_s == pytest.approx(late_s)
     assert summary.valid is valid
+
+
+def test_a_run_that_was_stopped_early_is_invalid():
+    summary = summarize_run(info(), [stream(0, 0.0, 0.2, [])])
+    assert not summary.valid
+    assert why_invalid(summary) == "only 1 of 5 planned requests were sent"
 
 
 def test_an_empty_run_has_no_figures_and_is_plain_json(tmp_path):

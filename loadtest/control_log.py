@@ -1,7 +1,7 @@
 """The course of a run on the server's side: telemetry readings, and the controller's event log where there is one.
 
-The log is JSON lines. Of each line, the time (`time_s`, monotonic) and the thresholds are used wherever they stand: at the
-top or in one of the parts `decision`, `settings` or `reading`. Other lines are other events and are passed over.
+The log is JSON lines. Of each line the time (`time_s`, monotonic) and the thresholds are used: those decided on if the
+controller was in charge (`mode` is `control`), else those in force (`reading`). Lines without are passed over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import msgspec
 from loadtest.results import telemetry_path
 from loadtest.telemetry import Sample, read_telemetry
 
-_PARTS = ("decision", "settings", "reading")
 _THRESHOLDS = ("threshold_prefill", "threshold_decode")
 
 
@@ -33,7 +32,8 @@ def read_control_log(path: Path) -> list[Sample]:
         except msgspec.DecodeError:
             continue
         if isinstance(row, dict):
-            time_s, *thresholds = (_find(row, name) for name in ("time_s", *_THRESHOLDS))
+            source = row if row.get("mode", "control") == "control" else row.get("reading") or {}
+            time_s, *thresholds = _number(row, "time_s"), *(_number(source, name) for name in _THRESHOLDS)
             if time_s is not None and None not in thresholds:
                 samples.append(Sample(time_s=time_s, **dict(zip(_THRESHOLDS, thresholds, strict=True))))
     return sorted(samples, key=lambda sample: sample.time_s)
@@ -54,7 +54,6 @@ def _without_thresholds(samples: Sequence[Sample]) -> list[Sample]:
     return [msgspec.structs.replace(sample, threshold_prefill=None, threshold_decode=None) for sample in samples]
 
 
-def _find(row: Mapping, name: str) -> float | None:
-    """A number of this name at the top or in one of the parts."""
-    places = [row, *(part for key in _PARTS if isinstance(part := row.get(key), dict))]
-    return next((float(p[name]) for p in places if isinstance(p.get(name), int | float)), None)
+def _number(row: Mapping, name: str) -> float | None:
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) else None

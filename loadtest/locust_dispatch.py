@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class OpenLoopTest:
         self._expected = 0
         self._parts: list[PartRecords] = []
         self._sending: gevent.Greenlet | None = None
+        self._is_stopping = False
         runner = environment.runner
         self._is_master = isinstance(runner, MasterRunner)
         self._is_worker = isinstance(runner, WorkerRunner)
@@ -67,7 +69,7 @@ class OpenLoopTest:
             runner.register_message(_PART_MESSAGE, self._on_part)
         else:
             environment.events.test_start.add_listener(self._on_test_start)
-            environment.events.quit.add_listener(lambda **_: self._collect())
+            environment.events.quit.add_listener(self._on_quit)
         if self._is_master:
             runner.register_message(_RECORDS_MESSAGE, self._on_records)
         environment.events.test_stop.add_listener(self._on_test_stop)
@@ -102,6 +104,7 @@ class OpenLoopTest:
         self._begin(msgspec.json.decode(msg.data, type=Part))
 
     def _begin(self, part: Part) -> None:
+        self._is_stopping = False
         self._sending = gevent.spawn(self._send, part)
 
     def _send(self, part: Part) -> None:
@@ -142,10 +145,22 @@ class OpenLoopTest:
             self.finished = True
 
     def _on_test_stop(self, **_: object) -> None:
-        if self._sending is not None:
-            self._sending.kill()
-            self._sending = None
+        self._stop_sending()
         self.finished = False  # for the next test
+
+    def _on_quit(self, **_: object) -> None:
+        self._stop_sending()
+        self._collect()
+
+    def _stop_sending(self) -> None:
+        """Return when no request is left. Locust may stop twice at once; a second kill would cut off the first's clean-up."""
+        if self._sending is None:
+            return
+        if self._is_stopping:
+            self._sending.join()
+        else:
+            self._is_stopping = True
+            self._sending.kill()
 
     def _collect(self) -> None:
         """Sum the run up, once: log it, and write its files where asked for."""
@@ -191,3 +206,7 @@ def install() -> None:
     @events.init.add_listener
     def _(environment: Environment, **_: object) -> None:
         environment.open_loop = OpenLoopTest(environment)
+        # Python would raise KeyboardInterrupt in whatever greenlet runs, often inside gRPC, which swallows it; and a headless
+        # Locust with a load shape has no handler for SIGTERM. A run that is ended so still writes its records.
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            gevent.signal_handler(signal_number, environment.runner.quit)

@@ -134,3 +134,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_a_locust_test_that_is_ended_early_writes_what_was_sent(server: RunningServer, tmp_path: Path) -> None:
+    """And marks the run invalid: nobody shall take it for a whole one."""
+    path, log = tmp_path / "locust.jsonl", tmp_path / "log"
+    command = [sys.executable, "-m", "locust", "-f", str(PRODUCT_ROOT / "loadtest" / "locustfile.py"), "--headless"]
+    command += ["--host", f"http://{server.http}", "--grpc", server.grpc, "--arrivals", "poisson:rate=10,duration=60"]
+    command += ["--output-tokens", "900", "--input-tokens", "4", "--record", str(path), "--only-summary"]
+    with log.open("w") as file:
+        locust = subprocess.Popen([*command, "GrpcStreamUser"], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: read_metric(server, "moe_requests_running") > 0, 60, "running")
+        locust.send_signal(signal.SIGTERM)
+        locust.wait(60)
+    finally:
+        locust.kill()
+    records = read_records(path)
+    assert 0 < len(records) < 600
+    assert {record.outcome for record in records} <= {"completed", "failed"}
+    assert all("stopped before" in record.error for record in records if record.outcome == "failed")
+    assert json.loads(path.with_suffix(".summary.json").read_text())["valid"] is False
+    wait_idle(server)

@@ -18,7 +18,7 @@ import msgspec
 from gevent.pool import Group
 from locust import events
 from locust.env import Environment
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import WORKER_REPORT_INTERVAL, MasterRunner, WorkerRunner
 
 from backend.errors import ConfigError
 from loadtest.open_loop import Pacer
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: Between planning and the first request: time for messages, connections and Locust's own spawning.
 _LEAD_S = 2.0
+#: Workers report their tables in intervals; a test that ends sooner would lose the last part.
+_LINGER_S = WORKER_REPORT_INTERVAL + 1.0
 _PART_MESSAGE = "open_loop_part"
 _RECORDS_MESSAGE = "open_loop_records"
 
@@ -55,8 +57,7 @@ class OpenLoopTest:
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
-        #: The schedule has been worked through and every request has ended.
-        self.finished = False
+        self._ended_s: float | None = None
         self._info: RunInfo | None = None
         self._expected = 0
         self._parts: list[PartRecords] = []
@@ -74,6 +75,13 @@ class OpenLoopTest:
             runner.register_message(_RECORDS_MESSAGE, self._on_records)
         environment.events.test_stop.add_listener(self._on_test_stop)
 
+    @property
+    def finished(self) -> bool:
+        """The schedule has been worked through, every request has ended, and workers had time to report their tables."""
+        if self._ended_s is None:
+            return False
+        return time.monotonic() >= self._ended_s + (_LINGER_S if self._is_master else 0.0)
+
     def _on_test_start(self, **_: object) -> None:
         environment = self._environment
         self._collect()
@@ -83,18 +91,24 @@ class OpenLoopTest:
         except ConfigError as error:
             log.error("No test: %s", error)
             environment.process_exit_code = 2
-            self.finished = True
+            self._ended_s = 0.0
             return
-        requests = [(number, a, prompts.text(number, a.input_tokens)) for number, a in schedule.numbered()]
+        workers = sorted(client.id for client in environment.runner.clients.ready) if self._is_master else [None]
+        # Prompts are made before the clock starts: a tokenizer's work must not delay a request.
+        parts = [
+            [(number, a, prompts.text(number, a.input_tokens)) for number, a in schedule.part(index, len(workers))]
+            for index in range(len(workers))
+        ]
         start_unix_s = time.time() + _LEAD_S
         info.started_monotonic_s = time.monotonic() + _LEAD_S
         info.started_at = datetime.datetime.fromtimestamp(start_unix_s, datetime.UTC).isoformat(timespec="seconds")
         self._info = info
-        workers = sorted(client.id for client in environment.runner.clients.ready) if self._is_master else [None]
         self._expected = len(workers)
-        log.info("%d requests over %.0f s, arrivals %s", len(requests), info.duration_s, info.arrivals_sha256[:12])
-        for index, worker in enumerate(workers):
-            part = Part(start_unix_s, info.seed, requests[index :: len(workers)])
+        log.info(
+            "%d requests over %.0f s, arrivals %s", info.planned_requests, info.duration_s, info.arrivals_sha256[:12]
+        )
+        for worker, requests in zip(workers, parts, strict=True):
+            part = Part(start_unix_s, info.seed, requests)
             if worker is None:
                 self._begin(part)
             else:
@@ -142,11 +156,11 @@ class OpenLoopTest:
         self._parts.append(part)
         if len(self._parts) == self._expected:
             self._collect()
-            self.finished = True
+            self._ended_s = time.monotonic()
 
     def _on_test_stop(self, **_: object) -> None:
         self._stop_sending()
-        self.finished = False  # for the next test
+        self._ended_s = None  # for the next test
 
     def _on_quit(self, **_: object) -> None:
         self._stop_sending()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from backend.serving.tokenizer import load_tokenizer
+from backend.serving.tokenizer import DUMMY_PREFIX, Tokenizer, load_tokenizer
 from loadtest.load_spec import HELP, build_schedule
 from loadtest.prompts import FilePrompts, GeneratedPrompts, Prompts
 from loadtest.record import Slo
@@ -25,7 +25,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint",
         default="",
-        metavar="DIR",
+        metavar="NAME",
         help="the served checkpoint: its tokenizer makes prompt lengths exact",
     )
     add("--slo-ttft", type=float, default=1.0, metavar="S", help="promised time to the first token")
@@ -67,7 +67,15 @@ def make_prompts(args: argparse.Namespace) -> Prompts:
     """Prompts from the file if one is named, else generated; raises ConfigError for an unusable file or checkpoint."""
     if args.prompts:
         return FilePrompts(Path(args.prompts), args.seed)
-    return GeneratedPrompts(args.seed, load_tokenizer(args.checkpoint, None) if args.checkpoint else None)
+    return GeneratedPrompts(args.seed, _tokenizer(args.checkpoint) if args.checkpoint else None)
+
+
+def _tokenizer(checkpoint: str) -> Tokenizer:
+    if not checkpoint.startswith(DUMMY_PREFIX):
+        return load_tokenizer(checkpoint, None)
+    from backend.models.dummy import raw_config  # here because it imports torch
+
+    return load_tokenizer(checkpoint, raw_config(checkpoint)["vocab_size"])
 
 
 def describe(summary: RunSummary) -> list[str]:

@@ -104,19 +104,22 @@ def main(argv: list[str] | None = None) -> int:
         prompts = make_prompts(args)
     except ConfigError as error:
         parser.error(str(error))
-    summary, records = asyncio.run(
-        run_load(
-            schedule,
-            prompts,
-            http=args.http,
-            grpc=args.grpc,
-            interfaces=interfaces,
-            info=info,
-            metrics=args.metrics,
-            record=record,
-            console=console,
-        )
+    load = run_load(
+        schedule,
+        prompts,
+        http=args.http,
+        grpc=args.grpc,
+        interfaces=interfaces,
+        info=info,
+        metrics=args.metrics,
+        record=record,
+        console=console,
     )
+    try:
+        summary, records = asyncio.run(load)
+    except KeyboardInterrupt:
+        console.print("Stopped; nothing was written but telemetry.")
+        return 1
     for line in describe(summary):
         console.print(line, highlight=False)
     errors = Counter((result.outcome, result.error) for result in records if result.error)

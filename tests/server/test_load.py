@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 from backend.serving.launch_client import RunningServer
 from backend.serving.triton_server import PRODUCT_ROOT
 from loadtest.clients import Clients
+from loadtest.load_spec import build_schedule
 from loadtest.open_loop import send_open_loop
 from loadtest.record import RequestRecord, read_records
 from loadtest.run import main
@@ -104,16 +104,22 @@ def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServ
         assert record.ttft_s > stalled["until"] - record.intended_start_s
 
 
-def test_locust_sends_the_schedule_over_every_interface(server: RunningServer, tmp_path: Path) -> None:
-    """Headless, with two workers between which the schedule is split."""
-    path, table = tmp_path / "locust.jsonl", tmp_path / "table"
+def locust_command(server: RunningServer, path: Path, *options: str) -> list[str]:
     command = [sys.executable, "-m", "locust", "-f", str(PRODUCT_ROOT / "loadtest" / "locustfile.py"), "--headless"]
-    command += ["--processes", "2", "--host", f"http://{server.http}", "--grpc", server.grpc, *LOAD]
-    command += ["--record", str(path), "--csv", str(table), "--only-summary", "--exit-code-on-error", "3"]
-    port = str(free_port())
-    command += ["--master-bind-port", port, "--master-port", port]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: the generator was late
+    command += ["--host", f"http://{server.http}", "--grpc", server.grpc, "--record", str(path), "--only-summary"]
+    return [*command, *options]
+
+
+def run_locust(command: list[str], folder: Path) -> None:
+    """Status 1 is an invalid run: see above."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+
+
+def test_locust_sends_the_schedule_over_every_interface(server: RunningServer, tmp_path: Path) -> None:
+    """And its tables have an entry for every first token and every token after it."""
+    path, table = tmp_path / "locust.jsonl", tmp_path / "table"
+    run_locust(locust_command(server, path, *LOAD, "--csv", str(table), "--exit-code-on-error", "3"), tmp_path)
     records = read_records(path)
     assert [record.id for record in records] == list(range(len(records))) and len(records) > 20
     assert [record.error for record in records if record.outcome != "completed"] == []
@@ -130,6 +136,22 @@ def test_locust_sends_the_schedule_over_every_interface(server: RunningServer, t
             assert counts[protocol, "between tokens"] == tokens - firsts
 
 
+def test_locust_splits_the_schedule_between_workers(server: RunningServer, tmp_path: Path) -> None:
+    """Together they send what one sender would, at the same intended times."""
+    load = ["--arrivals", "poisson:rate=15,duration=2", "--input-tokens", "4", "--output-tokens", "2"]
+    port = str(free_port())
+    ports = ["--master-bind-port", port, "--master-port", port]
+    path = tmp_path / "locust.jsonl"
+    run_locust(locust_command(server, path, *load, "--processes", "2", *ports, "GrpcStreamUser"), tmp_path)
+    start_s = json.loads(path.with_suffix(".summary.json").read_text())["run"]["started_monotonic_s"]
+    planned = build_schedule(load[1], input_tokens="4", output_tokens="2").arrivals
+    records = read_records(path)
+    assert [record.outcome for record in records] == ["completed"] * len(planned)
+    for record, arrival in zip(records, planned, strict=True):
+        # The workers' clocks are set by the wall clock, which is the same one here.
+        assert record.intended_start_s - start_s == pytest.approx(arrival.at_s, abs=1e-3)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -139,11 +161,10 @@ def free_port() -> int:
 def test_a_locust_test_that_is_ended_early_writes_what_was_sent(server: RunningServer, tmp_path: Path) -> None:
     """And marks the run invalid: nobody shall take it for a whole one."""
     path, log = tmp_path / "locust.jsonl", tmp_path / "log"
-    command = [sys.executable, "-m", "locust", "-f", str(PRODUCT_ROOT / "loadtest" / "locustfile.py"), "--headless"]
-    command += ["--host", f"http://{server.http}", "--grpc", server.grpc, "--arrivals", "poisson:rate=10,duration=60"]
-    command += ["--output-tokens", "900", "--input-tokens", "4", "--record", str(path), "--only-summary"]
+    load = ["--arrivals", "poisson:rate=10,duration=60", "--output-tokens", "900", "--input-tokens", "4"]
+    command = locust_command(server, path, *load, "GrpcStreamUser")
     with log.open("w") as file:
-        locust = subprocess.Popen([*command, "GrpcStreamUser"], cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
+        locust = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: read_metric(server, "moe_requests_running") > 0, 60, "running")
         locust.send_signal(signal.SIGTERM)

@@ -13,20 +13,24 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
+import grpc
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http.aio as http_aio
 from tritonclient.utils import InferenceServerException
 
 from loadtest.record import RequestRecord
-
-STREAM_MODEL = "moe_llm"
-INFER_MODEL = "moe_llm_infer"
-
-#: Asked for with every request: what the record needs.
-_RETURN = ("return_num_input_tokens", "return_num_output_tokens", "return_brownout")
-
-OnText = Callable[[str], None]
+from loadtest.wire import (
+    INFER_MODEL,
+    RETURN,
+    STREAM_MODEL,
+    OnText,
+    ServerError,
+    generate_body,
+    note_error,
+    note_response,
+    outputs_of,
+)
 
 
 class Clients:
@@ -62,14 +66,12 @@ class Clients:
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
             url = f"http://{self._http_address}/v2/models/{STREAM_MODEL}/generate_stream"
-            body = {"text_input": prompt, "stream": True, "sampling_parameters": json.dumps(dict(sampling))}
-            body |= dict.fromkeys(_RETURN, True)
-            async with self._session.post(url, json=body) as response:
+            async with self._session.post(url, json=generate_body(prompt, sampling)) as response:
                 async for line in response.content:
                     if line.startswith(b"data:"):
-                        _note(record, json.loads(line[5:]), on_text)
+                        note_response(record, json.loads(line[5:]), on_text)
                     elif line.strip() and response.status != 200:
-                        _note(record, json.loads(line), on_text)
+                        note_response(record, json.loads(line), on_text)
 
         return await _recorded("http_stream", number, intended_s, run)
 
@@ -98,7 +100,7 @@ class Clients:
                     raise error
                 response = result.get_response()
                 if len(response.outputs):
-                    _note(record, _from_result(result), on_text)
+                    note_response(record, outputs_of(result), on_text)
                 if response.parameters["triton_final_response"].bool_param:
                     return
 
@@ -109,7 +111,7 @@ class Clients:
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
             result = await self._http.infer(INFER_MODEL, _inputs(http_aio.InferInput, prompt, sampling))
-            _note(record, _from_result(result), None)
+            note_response(record, outputs_of(result))
 
         return await _recorded("http_infer", number, intended_s, run)
 
@@ -118,7 +120,7 @@ class Clients:
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
             result = await self._grpc.infer(INFER_MODEL, _inputs(grpc_aio.InferInput, prompt, sampling))
-            _note(record, _from_result(result), None)
+            note_response(record, outputs_of(result))
 
         return await _recorded("grpc_infer", number, intended_s, run)
 
@@ -126,41 +128,19 @@ class Clients:
 async def _recorded(
     protocol: str, number: int, intended_s: float | None, run: Callable[[RequestRecord], Awaitable[None]]
 ) -> RequestRecord:
-    """Run a request and file its outcome: rejected when the server said UNAVAILABLE, failed for every other error."""
+    """Run a request and file its outcome; an error of any transport ends up in the record."""
     now = time.monotonic()
     record = RequestRecord(
         id=number, protocol=protocol, intended_start_s=now if intended_s is None else intended_s, start_s=now
     )
     try:
         await run(record)
+        if not record.responses:
+            raise ServerError("the stream ended without a response")
         record.end_s = time.monotonic()
-    except (InferenceServerException, aiohttp.ClientError, OSError, _ServerError) as error:
-        record.error = str(error)
-        record.outcome = "rejected" if _is_rejection(record.error) else "failed"
+    except (InferenceServerException, grpc.RpcError, aiohttp.ClientError, OSError, ServerError) as error:
+        note_error(record, error)
     return record
-
-
-class _ServerError(Exception):
-    """An error inside an HTTP response's body."""
-
-
-def _is_rejection(message: str) -> bool:
-    """Whether the server refused for lack of room: over HTTP only the message tells."""
-    return "UNAVAILABLE" in message or "queue is full" in message or "retry in" in message
-
-
-def _note(record: RequestRecord, outputs: Mapping, on_text: OnText | None) -> None:
-    """Enter one response into the record."""
-    if "error" in outputs:
-        raise _ServerError(outputs["error"])
-    tokens = int(outputs["num_output_tokens"])
-    record.responses.append((time.monotonic(), tokens))
-    record.output_tokens += tokens
-    record.input_tokens = int(outputs["num_input_tokens"])
-    record.united_share = json.loads(outputs["brownout"])["united_share"]
-    record.text += outputs["text_output"]
-    if on_text is not None:
-        on_text(outputs["text_output"])
 
 
 def _inputs(kind: type, prompt: str, sampling: Mapping) -> list:
@@ -171,17 +151,8 @@ def _inputs(kind: type, prompt: str, sampling: Mapping) -> list:
         tensor = kind(name, [1], "BYTES")
         tensor.set_data_from_numpy(np.array([value.encode("utf-8")], dtype=np.object_))
         inputs.append(tensor)
-    for name in (*_RETURN, "exclude_input_in_output"):
+    for name in (*RETURN, "exclude_input_in_output"):
         tensor = kind(name, [1], "BOOL")
         tensor.set_data_from_numpy(np.array([True]))
         inputs.append(tensor)
     return inputs
-
-
-def _from_result(result) -> dict:
-    """The first entry of each output of a tritonclient result."""
-    names = ("num_output_tokens", "num_input_tokens", "brownout", "text_output")
-    outputs = {name: result.as_numpy(name)[0] for name in names}
-    for name in ("brownout", "text_output"):
-        outputs[name] = outputs[name].decode("utf-8")
-    return outputs

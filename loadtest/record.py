@@ -14,6 +14,13 @@ import msgspec
 import numpy as np
 
 
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client was promised, in seconds: time to the first token, and between two tokens."""
+
+    ttft_s: float
+    itl_s: float
+
+
 class RequestRecord(msgspec.Struct, kw_only=True):
     """One request of a load run. Times are in seconds on one monotonic clock; `responses` holds (time, tokens)."""
 
@@ -29,11 +36,18 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     error: str = ""
     united_share: float = 0.0
     text: str = ""
+    brownout: str = "auto"  # quality class: auto or never
+    slo: Slo | None = None  # the client's own promise, where it differs from the run's
 
     @property
     def ttft_s(self) -> float | None:
         """Time to first token, or None if none came."""
         return self.responses[0][0] - self.intended_start_s if self.responses else None
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether tokens come one by one; a single response has neither a first token nor gaps of its own."""
+        return self.protocol.endswith("stream")
 
     @property
     def latency_s(self) -> float | None:

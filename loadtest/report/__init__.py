@@ -1,0 +1,1 @@
+"""One page and pictures from the records of load runs."""

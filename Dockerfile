@@ -6,8 +6,8 @@
 FROM nvcr.io/nvidia/tritonserver:24.12-py3
 
 WORKDIR /opt/brownoutserve
-# Python 3.12 is the image's own, the one its Python stub is made for. torch is the CUDA build and brings Triton kernels
-# (the extra `gpu`) with it. flash-attn, which is optional, compiles from source and needs the CUDA toolkit.
+# Python 3.12 is the image's own, the one its Python stub is made for. torch is the CUDA build and brings the Triton
+# kernels' compiler with it. flash-attn, which is optional, compiles from source and needs the CUDA toolkit.
 COPY requirements.txt .
 RUN python3 -m pip install --no-cache-dir --break-system-packages -r requirements.txt
 COPY . .

@@ -8,9 +8,16 @@ import sys
 from rich.console import Console
 
 from backend.errors import ConfigError
-from loadtest.bench import engine, everything, kernels, scheduler, server
+from loadtest.bench import engine, everything, kernels, scheduler, server, tune
 
-COMMANDS = {"kernels": kernels, "scheduler": scheduler, "engine": engine, "server": server, "all": everything}
+COMMANDS = {
+    "kernels": kernels,
+    "scheduler": scheduler,
+    "engine": engine,
+    "server": server,
+    "tune": tune,
+    "all": everything,
+}
 
 
 def parser() -> argparse.ArgumentParser:

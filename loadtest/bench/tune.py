@@ -30,6 +30,8 @@ from backend.kernels.tuning import (
 from backend.models.dummy import PREFIX, SHAPES, raw_config
 from backend.models.registry import parse_config
 
+HELP = "find block sizes of the expert kernels for this GPU"
+
 #: Weights are read from copies of at least this size in all, several times any GPU's cache.
 _WEIGHT_BYTES = 2**30
 _REPLAYS = 20
@@ -48,9 +50,7 @@ class Tuned:
     default_seconds: float | None
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the command `tune` and its options."""
-    parser = commands.add_parser("tune", help="find block sizes of the expert kernels for this GPU")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen1.5-moe-a2.7b", help="sizes of this model")
     parser.add_argument("--united-ways", type=int, nargs="*", default=[8], help="ways of united experts with slots")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 2048, 8192], help="rows of a step")
@@ -60,12 +60,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, default=TUNED_DIR, help="where the file goes (default: where it is read)"
     )
-    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, console: Console) -> int:
     """Tune, print a table and write the file; exit status."""
-    console = Console()
     if min(args.tokens) < 1 or min(args.united_ways, default=2) < 2 or args.budget_s <= 0:
         console.print("[red]--tokens must be at least 1, --united-ways at least 2, --budget-s above 0[/red]")
         return 2

@@ -34,7 +34,7 @@ VARIED: dict[str, tuple[float, ...]] = {
     "keep_alive_s": (0.01, 0.1, 10.0),
     "straggler_factor": (0.5, 2.0),
 }
-SENSITIVE = ("static", "eplb", "moeless", "moeless_brownout")
+SENSITIVE = ("static", "eplb", "moeless")
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ def generate(
 ) -> RoutingPool:
     """Routing in which a domain's tokens choose experts with probability near rank^-skew, in an order of its own per layer.
 
-    The prediction keeps each chosen expert with such a probability that about `recall` of them are predicted; the others are
-    replaced by draws from the same popularity, as a predictor that knows only popularity would.
+    About `recall` of the chosen experts are predicted; where a prediction is wrong, it is a draw from the same popularity.
     """
     if not (skew >= 0 and domains >= 1 and 0 <= recall <= 1 and distance >= 1):
         raise ConfigError(
@@ -96,15 +95,9 @@ def generate(
         [[rng.permutation(num_experts) + 1 for _ in range(num_layers)] for _ in range(domains)]
     )  # [G, L, E]
     log_weight = (-skew * np.log(ranks)).astype(np.float32)
-    experts = np.empty((sequences * length, num_layers, top_k), np.int16)
-    guesses = np.empty_like(experts)
-    for sequence in range(sequences):
-        rows = slice(sequence * length, (sequence + 1) * length)
-        experts[rows] = _draw(log_weight[owner[sequence]], length, top_k, rng)
-        guesses[rows] = _draw(log_weight[owner[sequence]], length, top_k, rng)
-    chance = (experts[..., None] == guesses[..., None, :]).any(-1).mean()
-    keep = rng.random(experts.shape) < np.clip((recall - chance) / (1 - chance), 0, 1) if chance < 1 else True
-    predicted = np.where(keep, experts, guesses)
+    weights = log_weight[np.repeat(owner, length)]  # [N, L, E]
+    experts = _best(_noisy(weights, rng), top_k)
+    predicted = _predict(experts, _noisy(weights, rng), recall, rng)
     predicted[:, :distance] = -1
     return RoutingPool(
         num_experts,
@@ -116,10 +109,30 @@ def generate(
     )
 
 
-def _draw(log_weight: NDArray[np.float32], tokens: int, top_k: int, rng: np.random.Generator) -> NDArray[np.int16]:
-    """[T, L, K] experts without repetition, by the Gumbel-top-k trick on log weights [L, E]."""
-    noisy = log_weight + rng.gumbel(size=(tokens, *log_weight.shape)).astype(np.float32)
-    return np.argpartition(-noisy, top_k - 1, axis=-1)[..., :top_k].astype(np.int16)
+def _noisy(log_weight: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Gumbel noise added: the largest of a row are draws without repetition with those weights."""
+    return log_weight + rng.gumbel(size=log_weight.shape).astype(np.float32)
+
+
+def _best(scores: NDArray[np.float32], top_k: int) -> NDArray[np.int16]:
+    return np.argpartition(-scores, top_k - 1, axis=-1)[..., :top_k].astype(np.int16)
+
+
+def _predict(
+    experts: NDArray[np.int16], scores: NDArray[np.float32], recall: float, rng: np.random.Generator
+) -> NDArray[np.int16]:
+    """Predictions [N, L, K]: some chosen experts for certain, the rest by `scores` [N, L, E], of which some hit by chance."""
+    luck = rng.random(experts.shape)
+    keep, predicted = recall, experts
+    for _ in range(4):
+        kept = scores.copy()
+        sure = np.where(luck < keep, np.inf, np.take_along_axis(scores, experts.astype(np.int64), -1))
+        np.put_along_axis(kept, experts.astype(np.int64), sure.astype(np.float32), -1)
+        predicted = _best(kept, experts.shape[-1])
+        found = (experts[..., None] == predicted[..., None, :]).any(-1).mean()
+        # Recall is nearly linear in `keep`, from the hits by chance at 0 to 1 at 1.
+        keep = float(np.clip(1 - (1 - keep) * (1 - recall) / max(1 - found, 1e-9), 0, 1))
+    return predicted
 
 
 def _count(experts: NDArray[np.int16], num_experts: int) -> NDArray[np.int64]:

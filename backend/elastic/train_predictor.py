@@ -31,7 +31,7 @@ from backend.models.dummy import PREFIX
 
 #: Below this held-out recall a layer is fine-tuned (MoEless).
 ENOUGH = 0.8
-_EPOCHS, _PATIENCE, _BATCH = 40, 4, 512
+_EPOCHS, _PATIENCE, _BATCH = 60, 5, 256
 #: Tokens of a simulated step over which load error is taken.
 _STEP_TOKENS = 64
 
@@ -61,7 +61,7 @@ def fine_tune(
     """
     top_k = experts.shape[1]
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    optimizer = torch.optim.Adam([weight, bias], lr=2e-2 * float(weight.detach().std().clamp(min=1e-3)))
+    optimizer = torch.optim.Adam([weight, bias], lr=5e-2 * float(weight.detach().std().clamp(min=1e-3)))
     generator = torch.Generator().manual_seed(seed)
     inputs, test_inputs = inputs.float(), held_out[0].float()
     best = (-1.0, weight.detach().clone(), bias.detach().clone())

@@ -43,7 +43,7 @@ def test_memory_holds_and_every_active_expert_is_placed(layer):
     assert plan.moves == len(plan.copies - warm)
     # What is dropped falls on the remaining replicas: nothing of the layer's cost is lost.
     assert sum(plan.device_costs) == pytest.approx(sum(n * cost for n, cost in zip(replicas, costs, strict=True)))
-    assert plan == place(replicas, costs, capacity, set(sorted(warm, reverse=True)))
+    assert plan == place(replicas, costs, capacity, sorted(warm, reverse=True))
 
 
 @given(layers(one_size=True))

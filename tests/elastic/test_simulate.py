@@ -64,7 +64,7 @@ def test_with_matplotlib_the_picture_is_drawn(tmp_path):
 )
 def test_unusable_input_ends_with_its_reason(arguments, message, capsys):
     assert main([*SMALL.split(), *arguments]) == 1
-    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert message in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_usage_is_told_apart(capsys):

@@ -24,6 +24,10 @@ class Links:
         self.cost, self.repeat = cost, repeat
         self._free_at = [0.0] * devices
 
+    def free_at(self) -> float:
+        """When the last transfer that has been started ends."""
+        return max(self._free_at)
+
     def transfer(self, device: int, from_peer: bool, now: float) -> float:
         """Start a transfer; returns when it has arrived."""
         seconds = self.cost.load_seconds(from_peer)
@@ -133,8 +137,10 @@ class ElasticPolicy:
             loads = [load if expert in kept else 0.0 for expert, load in enumerate(loads)]
         plan = plan_layer(loads, self.functions.capacity, copies, self.cost, self.options)
         self.plans += 1
-        self._next_plan_at = now + self.options.replan_s
-        self._load(sorted(plan.copies), now + self.cost.planning_s)
+        begin = now + self.cost.planning_s
+        self._load(sorted(plan.copies), begin)
+        # Transfers take at most about half of the links' time: the rest is for experts that a step waits for.
+        self._next_plan_at = now + max(self.options.replan_s, 2 * (self.links.free_at() - begin))
 
     def _suffices(self, loads: Sequence[float], copies: frozenset[Copy]) -> bool:
         """Whether the copies in memory, warm or loading, serve these loads in balance."""

@@ -81,8 +81,8 @@ class ExpertFunctions:
         """Reserve memory for the plan's cold copies; returns those to load now, in the order of the plan.
 
         Warm copies outside the plan give way, those of experts that are warm elsewhere first, then longest unused first, but
-        never those that a running step uses (`in_use`). A copy for which there is no room stays cold; a later `prepare` tries
-        again. Raises ValueError as `check` does.
+        never those that a running step uses (`in_use`), nor the only warm copy of an expert that the plan has elsewhere: it
+        serves until its successor is there. A copy for which there is no room stays cold; a later `prepare` tries again. Raises ValueError as `check` does.
         """
         self.check(plan)
         self.expire(now)
@@ -91,9 +91,11 @@ class ExpertFunctions:
             return []
         started = []
         wanted = frozenset(plan)
+        experts = {expert for expert, _ in wanted}
+        kept = {(e, d) for e in experts if len(self._warm[e]) == 1 for d in self._warm[e]} | wanted | set(in_use)
         for copy in missing:
             device = copy[1]
-            if self._in_memory[device] >= self.capacity[device] and not self._evict(device, wanted, in_use, now):
+            if self._in_memory[device] >= self.capacity[device] and not self._evict(device, kept, now):
                 self._counters["refusals"] += 1
                 continue
             self._functions[copy] = _Function(LOADING, now, now)
@@ -164,11 +166,11 @@ class ExpertFunctions:
             "always_on_gb_s": self.always_on_gb_s(now),
         }
 
-    def _evict(self, device: int, wanted: frozenset[Copy], in_use: Collection[Copy], now: float) -> bool:
+    def _evict(self, device: int, kept: Collection[Copy], now: float) -> bool:
         idle = [
             (len(self._warm[copy[0]]) == 1, function.last_used, copy)
             for copy, function in self._functions.items()
-            if copy[1] == device and function.state == WARM and copy not in wanted and copy not in in_use
+            if copy[1] == device and function.state == WARM and copy not in kept
         ]
         if not idle:
             return False

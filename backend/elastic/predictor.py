@@ -66,7 +66,7 @@ class LoadPredictor:
         return torch.bincount(chosen.flatten(), minlength=len(self.biases[layer, distance])).float()
 
     def write(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all; only fine-tuned matrices take space of their own."""
+        """Write a safetensors file, whole or not at all."""
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,

@@ -102,3 +102,14 @@ def test_memory_and_the_meter_hold_for_any_sequence_of_plans(capacity, actions, 
         for device, room in enumerate(capacity):
             assert functions.in_memory()[device] == sum(d == device for _, d in functions.copies()) <= room
     assert functions.cost_gb_s(now) == pytest.approx(spent)
+
+
+def test_the_only_warm_copy_serves_until_its_successor_is_there():
+    functions = ExpertFunctions(2, [1, 1], BYTES, keep_alive_s=100.0)
+    functions.commit(functions.prepare([(0, 0)], 0.0), 0.0)
+    # Expert 0 moves to device 1 and expert 1 takes its place, but not before the move is done.
+    assert functions.prepare([(0, 1), (1, 0)], 1.0) == [(0, 1)]
+    assert list(functions.warm_devices(0)) == [0]
+    functions.commit([(0, 1)], 2.0)
+    assert functions.prepare([(0, 1), (1, 0)], 2.0) == [(1, 0)]
+    assert list(functions.warm_devices(0)) == [1]

@@ -92,10 +92,10 @@ class ExpertFunctions:
         started = []
         wanted = frozenset(plan)
         experts = {expert for expert, _ in wanted}
-        kept = {(e, d) for e in experts if len(self._warm[e]) == 1 for d in self._warm[e]} | wanted | set(in_use)
+        kept = wanted.union(in_use)
         for copy in missing:
             device = copy[1]
-            if self._in_memory[device] >= self.capacity[device] and not self._evict(device, kept, now):
+            if self._in_memory[device] >= self.capacity[device] and not self._evict(device, kept, experts, now):
                 self._counters["refusals"] += 1
                 continue
             self._functions[copy] = _Function(LOADING, now, now)
@@ -166,11 +166,14 @@ class ExpertFunctions:
             "always_on_gb_s": self.always_on_gb_s(now),
         }
 
-    def _evict(self, device: int, kept: Collection[Copy], now: float) -> bool:
+    def _evict(self, device: int, kept: Collection[Copy], experts: Collection[int], now: float) -> bool:
         idle = [
             (len(self._warm[copy[0]]) == 1, function.last_used, copy)
             for copy, function in self._functions.items()
-            if copy[1] == device and function.state == WARM and copy not in kept
+            if copy[1] == device
+            and function.state == WARM
+            and copy not in kept
+            and not (copy[0] in experts and len(self._warm[copy[0]]) == 1)
         ]
         if not idle:
             return False

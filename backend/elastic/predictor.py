@@ -1,0 +1,157 @@
+"""Load predictor (MoEless): which experts of layer l a step will need, from what layer l - d saw.
+
+The predictor of layer l at distance d is the router of layer l applied to the input of the expert layer l - d: neighbouring
+layers see nearly the same residual stream. Where that finds fewer than 80 % of the experts, the matrix is fine-tuned on
+recorded activations (`backend.elastic.train_predictor`). On the step path it is one small matmul per layer.
+
+Beside it stand the baselines, which know only loads of the past: `LastWindow` and `Ewma`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from backend.elastic.recording import Recording
+
+FORMAT = 1
+FILE_NAME = "load-predictor.safetensors"
+
+
+@dataclass(frozen=True)
+class LoadPredictor:
+    """One matrix and bias per (layer, distance); layers are counted among those with experts."""
+
+    weights: dict[tuple[int, int], Tensor]  # [E, M] float32
+    biases: dict[tuple[int, int], Tensor]  # [E] float32
+    top_k: int
+    fingerprint: str
+    #: (layer, distance) pairs whose matrix was fine-tuned; the others are the routers themselves.
+    tuned: frozenset[tuple[int, int]] = frozenset()
+
+    @classmethod
+    def of_recording(cls, recording: Recording, *distances: int) -> LoadPredictor:
+        """The routers of a recorded checkpoint, not fine-tuned."""
+        pairs = [(layer, d) for d in distances for layer in range(d, recording.num_layers)]
+        return cls(
+            {(layer, d): recording.routers[layer] for layer, d in pairs},
+            {(layer, d): recording.biases[layer] for layer, d in pairs},
+            recording.top_k,
+            recording.fingerprint,
+        )
+
+    def choose(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
+        """Experts [T, K] expected in `layer` for the inputs [T, M] of the expert layer `distance` before it.
+
+        Raises ConfigError for a pair that the predictor was not made for.
+        """
+        if (layer, distance) not in self.weights:
+            raise ConfigError(f"the load predictor has no matrix for layer {layer} at distance {distance}")
+        weight, bias = self.weights[layer, distance], self.biases[layer, distance]
+        return (hidden.float() @ weight.T + bias).topk(self.top_k, dim=-1).indices
+
+    def loads(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
+        """Expected assignments [E] of a step with inputs `hidden` [T, M]; see `choose`."""
+        chosen = self.choose(hidden, layer, distance)
+        return torch.bincount(chosen.flatten(), minlength=len(self.biases[layer, distance])).float()
+
+    def write(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        header = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "top_k": self.top_k,
+            "tuned": sorted(self.tuned),
+        }
+        tensors = {}
+        for layer, distance in self.weights:
+            tensors[f"{layer}.{distance}.weight"] = self.weights[layer, distance].clone()
+            tensors[f"{layer}.{distance}.bias"] = self.biases[layer, distance].clone()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".new")
+        save_file(tensors, unfinished, {"load_predictor": json.dumps(header)})
+        unfinished.replace(path)
+
+    @classmethod
+    def read(cls, path: Path, fingerprint: str | None = None) -> LoadPredictor:
+        """Raises ConfigError naming the file if it is unreadable, or (with `fingerprint`) of another checkpoint."""
+        weights, biases = {}, {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["load_predictor"])
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                    layer, distance, kind = name.split(".")
+                    kept = weights if kind == "weight" else biases
+                    kept[int(layer), int(distance)] = file.get_tensor(name)
+            if header["format"] != FORMAT:
+                raise ConfigError(f"load predictor {path} has format {header['format']}, this version reads {FORMAT}")
+            tuned = frozenset((layer, distance) for layer, distance in header["tuned"])
+            predictor = cls(weights, biases, header["top_k"], header["fingerprint"], tuned)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} is not a readable load predictor: {error!r}") from None
+        if weights.keys() != biases.keys():
+            raise ConfigError(f"load predictor {path} lacks tensors")
+        if fingerprint is not None and predictor.fingerprint != fingerprint:
+            raise ConfigError(
+                f"load predictor {path} was trained for another checkpoint (fingerprint {predictor.fingerprint}, this one has "
+                f"{fingerprint}); train it again with backend.elastic.train_predictor"
+            )
+        return predictor
+
+
+class LastWindow:
+    """Expects the shares of the last `steps` steps."""
+
+    def __init__(self, num_experts: int, steps: int = 16) -> None:
+        self._steps = steps
+        self._window: list[Tensor] = []
+        self._uniform = torch.full((num_experts,), 1 / num_experts)
+
+    def predict(self, assignments: float) -> Tensor:
+        """Expected assignments [E] of a step with so many in all."""
+        if not self._window:
+            return self._uniform * assignments
+        total = torch.stack(self._window).sum(0)
+        return total / total.sum() * assignments
+
+    def observe(self, loads: Tensor) -> None:
+        """A step's true loads [E]."""
+        self._window = [*self._window, loads.float()][-self._steps :]
+
+
+class Ewma:
+    """Expects exponentially weighted shares; `decay` is the weight of the past at each step."""
+
+    def __init__(self, num_experts: int, decay: float = 0.9) -> None:
+        self._decay = decay
+        self._shares = torch.full((num_experts,), 1 / num_experts)
+
+    def predict(self, assignments: float) -> Tensor:
+        """Expected assignments [E] of a step with so many in all."""
+        return self._shares * assignments
+
+    def observe(self, loads: Tensor) -> None:
+        """A step's true loads [E]."""
+        self._shares = self._decay * self._shares + (1 - self._decay) * loads.float() / loads.sum().clamp(min=1)
+
+
+def recall(chosen: Tensor, experts: Tensor) -> float:
+    """Share of the true experts [T, K] among the chosen [T, K]."""
+    return (experts.long()[..., None] == chosen[:, None, :]).any(-1).float().mean().item()
+
+
+def load_error(expected: Tensor, loads: Tensor) -> float:
+    """Share of assignments expected on the wrong expert: half the L1 distance of loads [E] over their sum."""
+    return ((expected - loads).abs().sum() / (2 * loads.sum().clamp(min=1))).item()

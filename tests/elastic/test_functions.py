@@ -1,0 +1,115 @@
+"""Expert functions: states, memory, keep-alive and the cost meter, for any sequence of plans."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.elastic.functions import COLD, LOADING, WARM, ExpertFunctions
+
+BYTES = 2_000_000_000  # 2 GB: a copy costs 2 GB·s per second
+
+
+def test_a_copy_goes_from_cold_to_loading_to_warm_and_back():
+    functions = ExpertFunctions(2, [1, 1], BYTES, keep_alive_s=5.0)
+    assert functions.state((0, 1)) == COLD
+    assert functions.prepare([(0, 1)], now=1.0) == [(0, 1)]
+    assert functions.state((0, 1)) == LOADING and list(functions.warm_devices(0)) == [] and functions.version == 0
+    assert functions.commit([(0, 1)], now=2.0) == 1
+    assert functions.state((0, 1)) == WARM and list(functions.warm_devices(0)) == [1]
+    functions.use([(0, 1)], now=4.0)
+    functions.expire(8.9)
+    assert functions.state((0, 1)) == WARM
+    # It was idle from 4 to 9, when its keep-alive ended, however late that is noticed.
+    functions.expire(100.0)
+    assert functions.state((0, 1)) == COLD
+    assert functions.cost_gb_s(200.0) == pytest.approx((9.0 - 1.0) * 2)
+    assert functions.always_on_gb_s(200.0) == pytest.approx(200 * 2 * 2)
+
+
+def test_a_full_device_gives_up_replicas_first_then_the_longest_unused_but_nothing_in_use():
+    functions = ExpertFunctions(4, [3, 1], BYTES, keep_alive_s=100.0)
+    functions.commit(functions.prepare([(0, 0), (1, 0), (2, 0), (2, 1)], 0.0), 0.0)
+    functions.use([(1, 0)], 1.0)
+    functions.use([(2, 0)], 2.0)
+    # Expert 2 is warm elsewhere, so its copy goes although it was used last.
+    assert functions.prepare([(3, 0)], 3.0) == [(3, 0)]
+    assert functions.state((2, 0)) == COLD
+    functions.commit([(3, 0)], 3.0)
+    assert functions.prepare([(2, 0)], 4.0, in_use=[(0, 0)]) == [(2, 0)]
+    assert functions.state((0, 0)) == WARM and functions.state((1, 0)) == COLD
+    # Everything else is loading, planned or in use: no room for now.
+    assert functions.prepare([(3, 0), (1, 0)], 5.0, in_use=[(0, 0)]) == []
+    telemetry = functions.telemetry(5.0)
+    assert telemetry["refusals_total"] == 1 and telemetry["evictions_total"] == 2 and telemetry["loads_total"] == 6
+    assert telemetry["warm_copies"] == 3 and telemetry["loading_copies"] == 1 and telemetry["cold_experts"] == 1
+
+
+def test_a_failed_load_leaves_the_copy_cold():
+    functions = ExpertFunctions(1, [1], BYTES, keep_alive_s=1.0)
+    functions.prepare([(0, 0)], 0.0)
+    functions.cancel((0, 0), 2.0)
+    assert functions.state((0, 0)) == COLD and functions.in_memory() == [0]
+    assert functions.cost_gb_s(9.0) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [([(0, 2)], "do not both exist"), ([(2, 0)], "do not both exist"), ([(0, 0), (1, 0)], "whose memory holds 1")],
+)
+def test_impossible_plans_are_named_and_change_nothing(plan, message):
+    functions = ExpertFunctions(2, [1, 1], BYTES, keep_alive_s=1.0)
+    with pytest.raises(ValueError, match=message):
+        functions.prepare(plan, 0.0)
+    assert not functions.copies()
+
+
+def test_only_loading_copies_can_be_committed_or_cancelled():
+    functions = ExpertFunctions(1, [1], BYTES, keep_alive_s=1.0)
+    with pytest.raises(ValueError, match="is cold"):
+        functions.commit([(0, 0)], 0.0)
+    functions.commit(functions.prepare([(0, 0)], 0.0), 0.0)
+    with pytest.raises(ValueError, match="is warm"):
+        functions.cancel((0, 0), 0.0)
+
+
+COPIES = st.tuples(st.integers(0, 3), st.integers(0, 2))
+ACTIONS = st.tuples(st.integers(0, 3), st.sets(COPIES, max_size=4), st.sets(COPIES, max_size=4), st.booleans())
+
+
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(ACTIONS, max_size=12), st.integers(0, 4))
+def test_memory_and_the_meter_hold_for_any_sequence_of_plans(capacity, actions, keep_alive):
+    functions = ExpertFunctions(4, capacity, BYTES, keep_alive)
+    now, spent = 0.0, 0.0
+    for pause, plan, arrived, use in actions:
+        plan = sorted(plan)[: min(capacity)] if capacity else []
+        before = functions.cost_gb_s(now)
+        held = len(functions.copies())
+        now += pause
+        functions.expire(now)
+        # Between two moments a copy costs at most as if it had stayed, and at least as if it had expired at once.
+        gained = functions.cost_gb_s(now) - before
+        assert len(functions.copies()) * pause * 2 - 1e-9 <= gained <= held * pause * 2 + 1e-9
+        spent += gained
+        in_use = [copy for copy in functions.copies() if functions.state(copy) == WARM][:1]
+        started = functions.prepare(plan, now, in_use)
+        assert all(functions.state(copy) == LOADING for copy in started)
+        assert all(functions.state(copy) == WARM for copy in in_use)
+        functions.commit([copy for copy in arrived if functions.state(copy) == LOADING], now)
+        warm = {copy for copy in functions.copies() if functions.state(copy) == WARM}
+        if use:
+            functions.use(warm, now)
+        assert {(e, d) for e in range(4) for d in functions.warm_devices(e)} == warm
+        for device, room in enumerate(capacity):
+            assert functions.in_memory()[device] == sum(d == device for _, d in functions.copies()) <= room
+    assert functions.cost_gb_s(now) == pytest.approx(spent)
+
+
+def test_the_only_warm_copy_serves_until_its_successor_is_there():
+    functions = ExpertFunctions(2, [1, 1], BYTES, keep_alive_s=100.0)
+    functions.commit(functions.prepare([(0, 0)], 0.0), 0.0)
+    # Expert 0 moves to device 1 and expert 1 takes its place, but not before the move is done.
+    assert functions.prepare([(0, 1), (1, 0)], 1.0) == [(0, 1)]
+    assert list(functions.warm_devices(0)) == [0]
+    functions.commit([(0, 1)], 2.0)
+    assert functions.prepare([(0, 1), (1, 0)], 2.0) == [(1, 0)]
+    assert list(functions.warm_devices(0)) == [1]

@@ -1,0 +1,117 @@
+"""The placer keeps its promises: memory, every expert, warm copies, few moves; brute force on small layers."""
+
+import random
+from itertools import combinations, permutations, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backend.elastic.placer import place
+from backend.elastic.scaler import scale, straggler_bound
+
+
+@st.composite
+def layers(draw, max_experts=10, max_devices=4, one_size=False):
+    """replicas, costs, capacity, warm: any layer whose copies fit."""
+    devices = draw(st.integers(1, max_devices))
+    experts = draw(st.integers(1, max_experts))
+    replicas = draw(st.lists(st.integers(0, devices), min_size=experts, max_size=experts))
+    costs = draw(st.lists(st.integers(1, 30), min_size=experts, max_size=experts))
+    if one_size:
+        capacity = [-(-sum(replicas) // devices) + draw(st.integers(0, 2))] * devices
+    else:
+        capacity = draw(st.lists(st.integers(0, experts), min_size=devices, max_size=devices))
+        capacity[-1] += max(0, sum(replicas) - sum(capacity))
+    pairs = [(expert, device) for expert in range(experts) for device in range(devices)]
+    return replicas, costs, capacity, draw(st.sets(st.sampled_from(pairs)))
+
+
+def loads_of(devices, costs, size) -> list[float]:
+    return [sum(cost for held, cost in zip(devices, costs, strict=True) if d in held) for d in range(size)]
+
+
+@given(layers())
+def test_memory_holds_and_every_active_expert_is_placed(layer):
+    replicas, costs, capacity, warm = layer
+    plan = place(replicas, costs, capacity, warm)
+    for device, room in enumerate(capacity):
+        assert sum(device in held for held in plan.devices) <= room
+    for wanted, held in zip(replicas, plan.devices, strict=True):
+        assert (len(held) > 0) == (wanted > 0) and len(held) <= wanted and list(held) == sorted(set(held))
+    assert plan.dropped == sum(replicas) - len(plan.copies)
+    assert plan.moves == len(plan.copies - warm)
+    # What is dropped falls on the remaining replicas: nothing of the layer's cost is lost.
+    assert sum(plan.device_costs) == pytest.approx(sum(n * cost for n, cost in zip(replicas, costs, strict=True)))
+    assert plan == place(replicas, costs, capacity, sorted(warm, reverse=True))
+
+
+@given(layers(one_size=True))
+def test_devices_of_one_size_place_every_replica(layer):
+    replicas, costs, capacity, warm = layer
+    plan = place(replicas, costs, capacity, warm)
+    assert [len(held) for held in plan.devices] == replicas
+
+
+@given(layers())
+def test_no_relabelling_of_the_devices_saves_a_move(layer):
+    replicas, costs, capacity, warm = layer
+    plan = place(replicas, costs, capacity, warm)
+    for labels in permutations(range(len(capacity))):
+        copies = {(expert, labels[device]) for expert, device in plan.copies}
+        fits = all(sum(d == device for _, d in copies) <= room for device, room in enumerate(capacity))
+        assert not fits or len(copies - warm) >= plan.moves
+
+
+@given(layers(one_size=True))
+def test_a_plan_that_is_warm_is_kept(layer):
+    replicas, costs, capacity, warm = layer
+    plan = place(replicas, costs, capacity, warm)
+    again = place(replicas, costs, capacity, plan.copies)
+    assert max(again.device_costs) <= max(plan.device_costs) * 1.05 + 1e-9
+    if max(again.device_costs) >= max(plan.device_costs):
+        assert again.moves == 0
+
+
+def exact(replicas, costs, capacity, warm) -> tuple[float, int]:
+    """(lightest busiest device, fewest moves with it) over all placements."""
+    size = len(capacity)
+    best = (float("inf"), 0)
+    for devices in product(*(combinations(range(size), count) for count in replicas)):
+        if all(sum(d in held for held in devices) <= room for d, room in enumerate(capacity)):
+            moves = sum((e, d) not in warm for e, held in enumerate(devices) for d in held)
+            best = min(best, (max(loads_of(devices, costs, size)), moves))
+    return best
+
+
+@settings(max_examples=60)
+@given(layers(max_experts=5, max_devices=3, one_size=True))
+def test_the_busiest_device_is_near_the_exact_optimum(layer):
+    replicas, costs, capacity, warm = layer
+    plan = place(replicas, costs, capacity, warm)
+    assert max(plan.device_costs) <= 4 / 3 * exact(replicas, costs, capacity, warm)[0] * 1.05 + 1e-9
+
+
+def test_plans_of_random_layers_are_within_a_few_percent_of_exact():
+    rng = random.Random(1)
+    excess, more_moves = [], []
+    for _ in range(30):
+        loads = [rng.randint(1, 60) for _ in range(5)]
+        replicas = scale(loads, budget=9, max_replicas=3, bound=straggler_bound(loads, 3, 0.5))
+        costs = [load / count for load, count in zip(loads, replicas, strict=True)]
+        warm = {(rng.randrange(5), rng.randrange(3)) for _ in range(6)}
+        plan = place(replicas, costs, [3] * 3, warm)
+        busiest, moves = exact(replicas, costs, [3] * 3, warm)
+        excess.append(max(plan.device_costs) / busiest - 1)
+        more_moves.append(plan.moves - moves)
+    assert sum(excess) / len(excess) < 0.03 and max(excess) < 0.15
+    assert sum(more_moves) / len(more_moves) < 1.0
+
+
+def test_copies_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="3 copies do not fit into memory for 2"):
+        place([2, 1], [1.0, 1.0], [1, 1])
+
+
+def test_an_idle_layer_is_balanced():
+    assert place([0, 0], [0.0, 0.0], [1, 1]).imbalance == 1.0

@@ -1,0 +1,146 @@
+"""Recording what the engine routes, predicting it, fine-tuning, and the files."""
+
+import torch
+from pytest import approx, fixture, raises
+from rich.progress import Progress
+
+from backend.elastic.predictor import Ewma, LastWindow, LoadPredictor, load_error, recall
+from backend.elastic.recording import Recording, fingerprint_of, record
+from backend.elastic.train_predictor import measure, run, split_sequences, train
+from backend.engine.llm import LLM
+from backend.engine.sampling_params import SamplingParams
+from backend.errors import ConfigError
+from backend.serving.tokenizer import load_tokenizer
+from tests.models.tiny_checkpoints import make_checkpoint
+
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+@fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(path, "qwen2_moe", num_hidden_layers=3)
+    return path
+
+
+@fixture(scope="module")
+def recorded() -> tuple[LLM, Recording, list[list[int]]]:
+    llm = LLM("dummy:tiny", max_model_len=128, kv_cache_blocks=128, max_batch_tokens=32)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 512, (40,), generator=generator).tolist() for _ in range(12)]
+    return llm, record(llm, prompts, ["a", "b", "c"] * 4, PARAMS, "print"), prompts
+
+
+def test_every_computed_token_is_recorded_once_in_the_order_of_its_sequence(recorded):
+    llm, recording, prompts = recorded
+    # The last generated token is not computed. Chunked prefill (32 tokens a step) changes nothing.
+    assert recording.starts.diff().tolist() == [45] * 12
+    assert recording.hidden.shape == (2, 540, 32) and recording.experts.shape == (2, 540, 2)
+    alone = record(llm, prompts[4:5], ["a"], PARAMS, "print")
+    rows = recording.rows_of([4])
+    fresh = alone.hidden.shape[1]  # without what the prefix cache has kept
+    assert torch.allclose(alone.hidden, recording.hidden[:, rows[-fresh:]], atol=2e-3)
+
+
+def test_recorded_experts_are_those_that_the_engine_runs(recorded):
+    llm, _, prompts = recorded
+    recording = record(llm, prompts[:1], ["a"], PARAMS, "print")
+    layers = [layer.moe for layer in llm.engine.runner.model.layers]
+    # The taps are gone, and the last step's slots are those of the last recorded token.
+    for layer, moe in enumerate(layers):
+        assert type(moe).__name__ == "MoeBlock"
+        assert set(moe.last_slots[-1].tolist()) == set(recording.experts[layer, -1].tolist())
+
+
+def test_a_failed_run_leaves_the_engine_as_it_was(recorded):
+    llm = recorded[0]
+    with raises(ValueError, match="at most 127"):
+        record(llm, [list(range(200))], ["a"], PARAMS, "print")
+    assert all(type(layer.moe).__name__ == "MoeBlock" for layer in llm.engine.runner.model.layers)
+
+
+def test_a_recording_survives_its_file_and_feeds_the_simulator(recorded, tmp_path):
+    recording = recorded[1]
+    recording.write(tmp_path / "r.safetensors")
+    again = Recording.read(tmp_path / "r.safetensors")
+    assert torch.equal(again.hidden, recording.hidden) and again.domain_names == ("a", "b", "c")
+    pool = again.pool(LoadPredictor.of_recording(again, 1), 1)
+    assert pool.experts.shape == (540, 2, 2) and (pool.predicted[:, 0] == -1).all()
+    chosen = torch.from_numpy(pool.predicted[:, 1])
+    assert pool.recall()[1] == approx(recall(chosen, again.experts[1]), abs=1e-6)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with raises(ConfigError, match="broken"):
+        Recording.read(tmp_path / "broken.safetensors")
+
+
+def synthetic(shift: float, tokens: int = 2400) -> Recording:
+    """Two layers whose inputs differ by a rotation: at shift 0 the plain router predicts perfectly."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(tokens, 16, generator=generator)
+    turn = torch.linalg.qr(torch.eye(16) + shift * torch.randn(16, 16, generator=generator))[0]
+    routers = torch.randn(2, 8, 16, generator=generator)
+    hidden = torch.stack([first, first @ turn])
+    experts = torch.stack([(x @ router.T).topk(2).indices for x, router in zip(hidden, routers, strict=True)])
+    starts, domains = torch.arange(0, tokens + 1, 50), torch.arange(tokens // 50) % 2
+    return Recording(
+        hidden.half(), experts.short(), starts, domains, routers, torch.zeros(2, 8), ("even", "odd"), "print"
+    )
+
+
+def test_a_poor_router_is_fine_tuned_past_the_bound_and_a_good_one_is_left_alone():
+    with Progress(disable=True) as progress:
+        predictor, report = run(synthetic(3.0), [1], 0, progress)
+        same = train(synthetic(0.0), [1], range(48), 0, progress)
+    (row,) = report["held_out"]
+    assert row["tuned"] and row["recall_router"] < 0.6 and row["recall"] >= 0.8
+    assert row["load_error"]["predictor"] < min(row["load_error"]["ewma"], row["load_error"]["router"])
+    (shifted,) = report["domain_shift"]
+    assert shifted["recall"] > shifted["recall_router"]
+    assert set(report["by_domain"]) == {"even", "odd"} and predictor.tuned == {(1, 1)}
+    assert not same.tuned
+    assert measure(synthetic(0.0), same, range(48))[0]["recall"] > 0.99
+
+
+def test_held_out_sequences_are_of_every_domain_and_never_trained_on():
+    training, testing = split_sequences(synthetic(1.0), seed=0)
+    assert sorted(training + testing) == list(range(48)) and {s % 2 for s in testing} == {0, 1}
+    assert split_sequences(synthetic(1.0), seed=0) == (training, testing)
+
+
+def test_a_predictor_survives_its_file_and_belongs_to_one_checkpoint(checkpoint, tmp_path):
+    recording = synthetic(1.0)
+    predictor = LoadPredictor.of_recording(recording, 1)
+    path = tmp_path / "p.safetensors"
+    predictor.write(path)
+    again = LoadPredictor.read(path, "print")
+    hidden = recording.hidden[0, :20]
+    assert torch.equal(again.choose(hidden, 1, 1), predictor.choose(hidden, 1, 1))
+    assert again.loads(hidden, 1, 1).sum() == 40
+    with raises(ConfigError, match="another checkpoint"):
+        LoadPredictor.read(path, fingerprint_of(str(checkpoint)))
+    with raises(ConfigError, match="no matrix for layer 0 at distance 1"):
+        again.choose(hidden, 0, 1)
+    path.write_bytes(path.read_bytes()[:100])
+    with raises(ConfigError, match="not a readable load predictor"):
+        LoadPredictor.read(path)
+
+
+def test_a_checkpoint_of_transformers_is_recorded(checkpoint, monkeypatch):
+    # The tiny checkpoint has no tokenizer; prompts are token ids.
+    monkeypatch.setattr("backend.engine.llm.load_tokenizer", lambda *_: load_tokenizer("dummy:tiny", 512))
+    llm = LLM(str(checkpoint), max_model_len=64, kv_cache_blocks=16)
+    recording = record(llm, [[5, 6, 7, 8]], ["x"], PARAMS, fingerprint_of(str(checkpoint)))
+    predictor = LoadPredictor.of_recording(recording, 0)
+    # At distance 0 the router itself is applied to its own input.
+    assert recall(predictor.choose(recording.hidden[1], 1, 0), recording.experts[1]) == 1.0
+
+
+def test_baselines_follow_the_past():
+    window, ewma = LastWindow(2, steps=2), Ewma(2, decay=0.5)
+    for baseline in (window, ewma):
+        assert baseline.predict(10.0).tolist() == [5.0, 5.0]
+        for loads in ([8, 0], [4, 4], [0, 8]):
+            baseline.observe(torch.tensor(loads))
+    assert window.predict(10.0).tolist() == approx([2.5, 7.5])
+    assert ewma.predict(16.0).tolist() == approx([5.0, 11.0])
+    assert load_error(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 3.0])) == approx(0.75)

@@ -1,0 +1,73 @@
+"""The command: its file, its determinism, its complaints."""
+
+import json
+import sys
+
+import pytest
+
+from backend.elastic.experiment import ABLATIONS, POLICIES
+from backend.elastic.simulate import main
+
+SMALL = "--shape tiny --seconds 0.1 --rate 40 --input-tokens 20 --output-tokens 4 --devices 2 --pool-layers 2 --drift 0"
+
+
+def test_the_file_has_every_policy_with_its_figures(tmp_path, capsys):
+    first, second = tmp_path / "a.json", tmp_path / "sub" / "b.json"
+    assert main([*SMALL.split(), "--json", str(first)]) == 0
+    assert main([*SMALL.split(), "--json", str(second)]) == 0
+    assert first.read_text() == second.read_text()
+    result = json.loads(first.read_text())
+    assert set(result["policies"]) == set(POLICIES) and set(result["ablations"]) == set(ABLATIONS)
+    for row in result["policies"].values():
+        for key in ("layer_ms_p50", "layer_ms_p99", "e2e_ms_p50", "cost_gb_s"):
+            assert row[key] > 0
+        assert row["quality_loss_percent"] >= 0
+    assert result["cost_model"]["assumed"] is True
+    text = capsys.readouterr().out
+    assert "assumed constants" in text and str(first) in text.replace("\n", "")
+
+
+def test_the_sensitivity_varies_every_constant(tmp_path):
+    path = tmp_path / "s.json"
+    assert (
+        main([*SMALL.split(), "--no-ablations", "--sensitivity", "--policies", "static,moeless", "--json", str(path)])
+        == 0
+    )
+    rows = json.loads(path.read_text())["sensitivity"]
+    assert {"none", "memory_bandwidth", "host_bandwidth", "keep_alive_s"} <= {row["constant"] for row in rows}
+    assert all(set(row["policies"]) == {"static", "moeless"} for row in rows)
+
+
+def test_without_matplotlib_the_requirement_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = [*SMALL.split(), "--no-ablations", "--policies", "static", "--picture", str(tmp_path / "p.png")]
+    assert main(arguments) == 0
+    assert "pip install matplotlib" in capsys.readouterr().out and not (tmp_path / "p.png").exists()
+
+
+def test_with_matplotlib_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    assert main([*SMALL.split(), "--policies", "static,moeless", "--picture", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slots", "1"], "do not hold 8 experts"),
+        (["--constant", "warp=9"], "unknown name 'warp'"),
+        (["--constant", "exchange_s"], "NAME=VALUE"),
+        (["--constant", "matmul_rate=0"], "matmul_rate must be positive"),
+        (["--trace", "absent.csv"], "cannot be read"),
+        (["--profile", "absent.json"], "absent.json"),
+    ],
+)
+def test_unusable_input_ends_with_its_reason(arguments, message, capsys):
+    assert main([*SMALL.split(), *arguments]) == 1
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_wrong_usage_is_told_apart(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--policies", "static,magic"])
+    assert "unknown policy 'magic'" in capsys.readouterr().err

@@ -52,6 +52,6 @@ def test_without_time_nothing_is_measured() -> None:
 )
 def test_the_command_says_what_is_wrong(capsys, options: list[str], status: int, message: str) -> None:
     parser = argparse.ArgumentParser()
-    tune.add_parser(parser.add_subparsers())
-    assert tune.run(parser.parse_args(["tune", *options])) == status
+    tune.add_options(parser)
+    assert tune.main(parser.parse_args(options), Console()) == status
     assert message in " ".join(capsys.readouterr().out.split())

@@ -10,6 +10,7 @@ from backend.errors import ConfigError
 TOKEN_CLASSES = ("prefill", "decode", "prefill_never", "decode_never")
 #: What is done with the assignments that a threshold gives up; see `backend.kernels.reference.remap`.
 MECHANISMS = ("united", "reroute", "piggyback", "top_k", "drop")
+RANKINGS = ("count", "gate_mass")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Settings:
     way: int = 0
     #: Least similarity of the expert that takes an assignment over (`reroute` only).
     similarity_min: float = 0.0
+    #: What experts are ranked by to decide which are kept: their assignments, or the sum of their gate weights.
+    ranking: str = "count"
 
     def __post_init__(self) -> None:
         for name in ("threshold_prefill", "threshold_decode", "similarity_min"):
@@ -35,9 +38,49 @@ class Settings:
                 raise ConfigError(f"{name} must be between 0 and 1, got {value}")
         if self.mechanism not in MECHANISMS:
             raise ConfigError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}")
+        if self.ranking not in RANKINGS:
+            raise ConfigError(f"ranking must be one of {', '.join(RANKINGS)}, got {self.ranking!r}")
         if self.way != 0 and not 2 <= self.way <= 64:
             raise ConfigError(f"way must be 0 (the largest that is loaded) or from 2 to 64, got {self.way}")
 
     def by_class(self) -> tuple[float, float, float, float]:
         """Threshold per token class; `never` requests keep every assignment (theta = 1)."""
         return self.threshold_prefill, self.threshold_decode, 1.0, 1.0
+
+    @property
+    def dims(self) -> bool:
+        """Whether any assignment may be replaced."""
+        return min(self.by_class()) < 1.0
+
+
+@dataclass(frozen=True)
+class Available:
+    """What a loaded model can do: the ways of its united experts, ascending, and whether it knows expert similarities."""
+
+    ways: tuple[int, ...] = ()
+    similarity: bool = False
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        without = {"united": not self.ways, "reroute": not self.similarity}
+        return tuple(name for name in MECHANISMS if not without.get(name))
+
+    def way_of(self, settings: Settings) -> int:
+        """The way that serves under these settings; 0 if there is none and none is needed.
+
+        Raises ConfigError, naming what there is, for settings that need what is not loaded.
+        """
+        if settings.way and settings.way not in self.ways:
+            raise ConfigError(f"way {settings.way} is not loaded; {self._loaded()}")
+        if settings.mechanism == "united" and settings.dims and not self.ways:
+            raise ConfigError(f"mechanism united with a threshold below 1 needs united experts; {self._loaded()}")
+        if settings.mechanism == "reroute" and not self.similarity:
+            raise ConfigError(
+                "mechanism reroute needs expert similarities, which are not loaded (parameter similarity); available "
+                f"mechanisms are {', '.join(self.mechanisms)}"
+            )
+        return settings.way or max(self.ways, default=0)
+
+    def _loaded(self) -> str:
+        ways = ", ".join(map(str, self.ways))
+        return f"loaded ways are {ways}" if ways else "no united experts are loaded (parameter united)"

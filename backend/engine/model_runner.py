@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from backend.brownout.settings import Settings
+from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.engine.batch import build_batch
 from backend.engine.scheduler import Schedule
@@ -28,6 +28,8 @@ class ModelRunner:
             torch.set_num_threads(config.cpu_threads)
         self.device = resolve_device(device)
         self.model = load_model(config.checkpoint, routing=config.routing, device=self.device, dtype=config.dtype)
+        #: Brownout settings that the model can follow.
+        self.available = Available()
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:

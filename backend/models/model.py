@@ -84,18 +84,17 @@ class MoeModel:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
         self.thresholds.copy_(torch.as_tensor(table, dtype=torch.float32))
 
-    def slot_usage(self) -> tuple[float, float]:
-        """Of the last step: active slots per MoE layer, and assignments per token; zeros before the first step.
+    def slot_usage(self) -> tuple[list[int], float]:
+        """Of the last step: active slots of each MoE layer, and assignments per token and layer that were computed.
 
-        Reads the device, so it is for occasional telemetry.
+        Zeros before the first step. Reads the device, so it is for occasional telemetry.
         """
         layers = [layer.moe.last_slots for layer in self.layers if layer.moe is not None]
         served = [slots[slots >= 0] for slots in layers if slots is not None]
         if not served:
-            return 0.0, 0.0
+            return [0] * len(layers), 0.0
         tokens = sum(len(slots) for slots in layers if slots is not None)
-        active = sum(len(slots.unique()) for slots in served)
-        return active / len(served), sum(len(slots) for slots in served) / tokens
+        return [len(slots.unique()) for slots in served], sum(len(slots) for slots in served) / tokens
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:

@@ -185,15 +185,24 @@ class MoeLlmModel:
             _, sender = self._live[live.request_id]
             if reply.final:
                 del self._live[live.request_id]
-        if reply.final:
-            self._client.forget(live.request_id)
-        self._send(sender, reply)
+        try:
+            self._send(sender, reply)
+            self._book(live, reply)
+        finally:
+            if reply.final:
+                self._client.forget(live.request_id)
+
+    def _book(self, live: LiveRequest, reply: Reply) -> None:
+        """Stamp the latencies of a response that has just been handed to Triton."""
         now = time.monotonic()
         if reply.error is None:
-            if live.parsed.stream and not live.sent_first:
-                self._metrics.first_response(now - live.arrival)
+            first = live.parsed.stream and not live.sent_first
+            ttft_s = now - live.arrival if first else None
+            if ttft_s is not None:
+                self._metrics.first_response(ttft_s)
             gap_s = now - live.last_sent_s if live.sent_first else None
             self._metrics.tokens(reply.num_tokens, gap_s)
+            self._client.served(live.request_id, reply.num_tokens, ttft_s, gap_s)
         live.sent_first, live.last_sent_s = True, now
         if reply.outcome is not None:
             self._metrics.ended(

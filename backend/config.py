@@ -46,6 +46,11 @@ class EngineConfig:
     max_waiting: int = 1024
     #: Responses handed to Triton per second and stub; default 300 per core.
     max_responses_per_s: int | None = None
+    #: Calibrated brownout levels; default: brownout-profile.json of the checkpoint's folder, if it is there.
+    profile: str = ""
+    #: Time to the first token that requests are for: one that can no longer get it in this time is refused early. Default:
+    #: none is.
+    shed_ttft_s: float | None = None
     attention_backend: str = "auto"
     #: Seconds a shutdown waits for running requests before it aborts them.
     drain_timeout_s: float = 5.0
@@ -76,6 +81,7 @@ class EngineConfig:
             "kv_cache_blocks",
             "left out when kv_cache_memory is given",
         )
+        check(self.shed_ttft_s is None or self.shed_ttft_s > 0, "shed_ttft_s", "greater than 0 seconds")
         check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
         check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
         check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")

@@ -26,6 +26,7 @@ from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.client import EngineClient
 from backend.serving.live_request import LiveRequest, Reply
 from backend.serving.metrics import Metrics
+from backend.serving.model_parameters import ENGINE_MODEL, engine_parameters
 from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
 from backend.serving.protocol import Outputs, replace_file, runtime_dir
@@ -33,8 +34,6 @@ from backend.serving.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-#: The model whose config.pbtxt holds the engine's parameters; it also reports the engine-wide metrics.
-ENGINE_MODEL = "moe_llm"
 RESPONSES_PER_S_AND_CORE = 300
 _CANCEL_PERIOD_S = 0.2
 
@@ -265,18 +264,3 @@ _ERROR_CODES = {
     "cancelled": "CANCELLED",
     "failed": "INTERNAL",
 }
-
-
-def engine_parameters(model_name: str, model_config: Mapping, args: Mapping[str, str]) -> dict[str, str]:
-    """The engine's parameters: this model's own, or those of the engine model beside it in the repository."""
-    if model_name != ENGINE_MODEL:
-        from google.protobuf import text_format
-        from tritonclient.grpc import model_config_pb2
-
-        path = Path(args["model_repository"]).parent / ENGINE_MODEL / "config.pbtxt"
-        try:
-            config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-        except (OSError, text_format.ParseError) as error:
-            raise ConfigError(f"the engine's parameters could not be read from {path}: {error}") from None
-        return {key: value.string_value for key, value in config.parameters.items()}
-    return {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}

@@ -58,7 +58,7 @@ def test_the_settings_number_changes_with_every_write(block: Block) -> None:
 def test_a_torn_section_is_an_error_and_the_next_write_heals_it(block: Block) -> None:
     block.write_settings(np.zeros(1, SETTINGS))
     damage(block, SETTINGS_AT, (5).to_bytes(8, "little"))  # its writer died in the middle
-    with pytest.raises(BlockError, match="settings .* is being written"):
+    with pytest.raises(BlockError, match=r"settings .* is being written"):
         block.read_settings()
     block.write_settings(np.zeros(1, SETTINGS))
     assert block.read_settings()["version"] == 0

@@ -83,7 +83,7 @@ def test_settings_that_the_engine_cannot_follow_are_reported(
 def test_telemetry_counts_steps_requests_and_latencies(engine: Engine, block: Block) -> None:
     control = EngineControl(engine, block, 5, 3)
     before = engine.counters.requests
-    for name in "abc":
+    for name in "xyz":
         add(engine, name, 3)
     run(engine, control)
     row = block.read_telemetry(5)

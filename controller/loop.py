@@ -26,6 +26,8 @@ def make_law(config: ControllerConfig, levels: Sequence[Level], model: StepModel
     The budget allows every pair of thresholds that is nowhere below the deepest level within it: all of them lose less.
     """
     floor_prefill, floor_decode = config.min_threshold_prefill, config.min_threshold_decode
+    if config.law == "off":
+        floor_prefill = floor_decode = 1.0
     extra: dict[str, int | str] = {}
     if config.max_quality_loss is not None:
         usable = [level for level in levels if _fits(level, config)]
@@ -153,6 +155,7 @@ class Controller:
         status = self._plane.call(
             threshold_prefill=event.threshold_prefill,
             threshold_decode=event.threshold_decode,
+            threshold_floor=min(self._law.limits.min_threshold_prefill, self._law.limits.min_threshold_decode),
             owner=config.owner,
             lease_s=config.lease_s,
             **self._extra,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from backend.brownout.queue_model import EngineLoad
-from backend.brownout.step_model import StepSample
+from backend.brownout.step_model import StepModel, StepSample
+from backend.engine.shedding import Pace, Waiting, late_requests
 from controller.laws import Decision, Law
 from controller.reading import EngineReading, Reading
 
@@ -67,6 +68,7 @@ class _Live:
     job: Job
     prompt_left: int
     output: int = 0
+    first_s: float = 0.0
 
 
 @dataclass
@@ -75,9 +77,17 @@ class Outcome:
 
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
+    #: Of requests that ended: when, TTFT, mean inter-token latency.
+    finished: list[tuple[float, float, float]] = field(default_factory=list)
+    #: How long refused requests had waited.
+    refused_after_s: list[float] = field(default_factory=list)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
     #: Threshold in force by token.
     thetas: list[tuple[float, int]] = field(default_factory=list)
+
+    def goodput_rps(self, ttft_slo_s: float, itl_slo_s: float, span_s: float) -> float:
+        """Requests per second that finished with TTFT and mean inter-token latency within the objectives."""
+        return sum(ttft <= ttft_slo_s and itl <= itl_slo_s for _, ttft, itl in self.finished) / span_s
 
     @property
     def mean_theta(self) -> float:
@@ -96,8 +106,12 @@ class Outcome:
 class Simulation:
     """Runs jobs through a plant under a law that is asked every `period_s`."""
 
-    def __init__(self, plant: Plant, law: Law, *, period_s: float = 0.25, seed: int = 0) -> None:
-        self._plant, self._law, self._period_s = plant, law, period_s
+    def __init__(
+        self, plant: Plant, law: Law, *, period_s: float = 0.25, shed_ttft_s: float | None = None, seed: int = 0
+    ) -> None:
+        """`shed_ttft_s`: refuse early as the engine does with this parameter."""
+        self._plant, self._law, self._period_s, self._shed_ttft_s = plant, law, period_s, shed_ttft_s
+        self._model = StepModel()
         self._random = np.random.default_rng(seed)
         self._waiting: deque[_Live] = deque()
         self._running: list[_Live] = []
@@ -119,6 +133,8 @@ class Simulation:
                 job = coming.popleft()
                 self._waiting.append(_Live(job, job.prompt_tokens))
                 self._arrivals.append((job.arrival_s, job.prompt_tokens))
+            if self._waiting and self._shed_ttft_s is not None and self._model.ready:
+                self._shed(now, self._shed_ttft_s, outcome)
             if self._waiting or self._running:
                 now = self._step(now, outcome)
             else:
@@ -129,6 +145,18 @@ class Simulation:
                 outcome.decisions.append((now, decision))
                 next_control = now + self._period_s
         return outcome
+
+    def _shed(self, now: float, limit_s: float, outcome: Outcome) -> None:
+        queue = [Waiting(live, now - live.job.arrival_s, live.prompt_left) for live in self._waiting]
+        started = sum(live.prompt_left for live in self._running)
+        limits = self._law.limits
+        theta_prefill = min(self._theta[0], limits.min_threshold_prefill)
+        theta_decode = min(self._theta[1], limits.min_threshold_decode)
+        pace = Pace(self._model, self._load(now), theta_prefill, theta_decode)
+        refusals = late_requests(pace, started, queue, limit_s)
+        for refusal in refusals:
+            self._waiting.remove(refusal.request_id)
+            outcome.refused_after_s.append(now - refusal.request_id.job.arrival_s)
 
     def _step(self, now: float, outcome: Outcome) -> float:
         plant, (theta_prefill, theta_decode) = self._plant, self._theta
@@ -150,7 +178,10 @@ class Simulation:
         prefill, decode = sum(count for _, count in chunks), len(decoding)
         noise = math.exp(self._random.normal(0.0, plant.noise))
         seconds = plant.step_s(prefill, decode, theta_prefill, theta_decode) * noise
-        self._steps.append(StepSample(seconds, prefill, decode, theta_prefill, theta_decode))
+        sample = StepSample(seconds, prefill, decode, theta_prefill, theta_decode)
+        self._steps.append(sample)
+        if self._shed_ttft_s is not None:
+            self._model.update(sample)
         outcome.thetas += [(theta_prefill, prefill), (theta_decode, decode)]
         end = now + seconds
         for live in decoding:
@@ -160,11 +191,13 @@ class Simulation:
         for live, count in chunks:
             live.prompt_left -= count
             if live.prompt_left == 0:
-                live.output = 1
+                live.output, live.first_s = 1, end
                 self._ttft.append((end, end - live.job.arrival_s))
                 outcome.ttft_s.append(end - live.job.arrival_s)
         for live in [live for live in self._running if live.output >= live.job.output_tokens]:
             self._running.remove(live)
+            gaps_s = (end - live.first_s) / max(live.output - 1, 1)
+            outcome.finished.append((end, live.first_s - live.job.arrival_s, gaps_s))
             previous = self._mean_output or live.output
             self._mean_output = previous + 0.05 * (live.output - previous)
         return end
@@ -177,16 +210,6 @@ class Simulation:
         ttft, itl = np.array([s for _, s in self._ttft]), np.array([s for _, s in self._itl])
         steps, self._steps = tuple(self._steps), []
         window_s = min(now, law.window_s)
-        load = EngineLoad(
-            running=len(self._running),
-            waiting=len(self._waiting),
-            waiting_tokens=sum(live.prompt_left for live in (*self._waiting, *self._running)),
-            oldest_waiting_s=now - self._waiting[0].job.arrival_s if self._waiting else 0.0,
-            kv_usage_ratio=0.5,
-            max_batch_tokens=self._plant.max_batch_tokens,
-            max_running=self._plant.max_running,
-            mean_output_tokens=self._mean_output,
-        )
         tokens = sum(count for _, count in self._arrivals)
         return Reading(
             time_s=now,
@@ -197,7 +220,19 @@ class Simulation:
             itl_violation_ratio=float(np.mean(itl > law.limits.itl_slo_s)) if len(itl) else None,
             threshold_prefill=self._theta[0],
             threshold_decode=self._theta[1],
-            engines=(EngineReading(load, len(self._arrivals) / window_s, tokens / window_s, steps),),
+            engines=(EngineReading(self._load(now), len(self._arrivals) / window_s, tokens / window_s, steps),),
+        )
+
+    def _load(self, now: float) -> EngineLoad:
+        return EngineLoad(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            waiting_tokens=sum(live.prompt_left for live in (*self._waiting, *self._running)),
+            oldest_waiting_s=now - self._waiting[0].job.arrival_s if self._waiting else 0.0,
+            kv_usage_ratio=0.5,
+            max_batch_tokens=self._plant.max_batch_tokens,
+            max_running=self._plant.max_running,
+            mean_output_tokens=self._mean_output,
         )
 
 

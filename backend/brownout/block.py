@@ -54,6 +54,7 @@ SETTINGS = np.dtype(
         ("baseline", _VALUES),
         ("owner", "S128"),
         ("lease_end_s", "<f8"),
+        ("floor", "<f8"),
     ]
 )
 

@@ -23,6 +23,8 @@ class Lease:
     owner: str = ""
     #: time.monotonic(); in the past: no lease.
     end_s: float = -math.inf
+    #: The lowest threshold that the owner may still choose, as far as it has said so.
+    floor: float = 1.0
 
     def live(self, now_s: float) -> bool:
         return now_s < self.end_s
@@ -34,17 +36,21 @@ class Lease:
     def left_s(self, now_s: float) -> float:
         return max(0.0, self.end_s - now_s)
 
-    def granted(self, values: Settings, owner: str, lease_s: float, now_s: float) -> Lease:
+    def granted(self, values: Settings, owner: str, lease_s: float, now_s: float, floor: float = 1.0) -> Lease:
         """The lease after a change. A version counts changes of values, not renewals; the lease's end is a change, too."""
         current = self.in_force(now_s)
         if lease_s <= 0:
-            return replace(self, owner="", end_s=-math.inf)
+            return replace(self, owner="", end_s=-math.inf, floor=1.0)
         if self.live(now_s) and replace(values, version=current.version) == current:
             version = current.version
         else:
             version = current.version + 1
         return Lease(
-            replace(values, version=version), replace(self.baseline, version=version + 1), owner, now_s + lease_s
+            replace(values, version=version),
+            replace(self.baseline, version=version + 1),
+            owner,
+            now_s + lease_s,
+            floor,
         )
 
     def write(self, block: Block) -> None:
@@ -56,7 +62,7 @@ class Lease:
                 row[key][name] = getattr(settings, name)
             row[key]["mechanism"] = settings.mechanism.encode()
         row["owner"] = self.owner.encode()
-        row["lease_end_s"] = self.end_s
+        row["lease_end_s"], row["floor"] = self.end_s, self.floor
         block.write_settings(record)
 
     @classmethod
@@ -70,6 +76,7 @@ class Lease:
                 _settings(row["baseline"], version + 1),
                 row["owner"].decode(),
                 float(row["lease_end_s"]),
+                float(row["floor"]),
             )
         except ValueError as error:
             raise BlockError(f"the settings in {block.path} make no sense: {error}") from None
@@ -98,6 +105,11 @@ class SettingsReader:
         self._version: int | None = None
         #: Why the block could not be read, or an empty string.
         self.error = ""
+
+    @property
+    def floor(self) -> float:
+        """The lowest threshold that is still to be expected; 1 while nobody has a lease."""
+        return self._lease.floor if self._lease.live(time.monotonic()) else 1.0
 
     def changed(self) -> Settings | None:
         """The settings in force if they are not those of the call before."""

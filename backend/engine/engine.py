@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
+from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
@@ -26,6 +27,7 @@ from backend.engine.prompt import check_prompt
 from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
 from backend.engine.sampler import Sampled, sample
 from backend.engine.scheduler import Schedule, Scheduler
+from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import InvalidRequestError, UnavailableError
 
 Event = TokenOutput | RequestEnded
@@ -165,6 +167,40 @@ class Engine:
             max_running=self.scheduler.max_running,
             mean_output_tokens=self.counters.mean_output_tokens,
         )
+
+    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0) -> list[Event]:
+        """End waiting requests that can no longer get their first token within `limit_s` of their arrival.
+
+        They are judged at the present thresholds or, if it is lower, at `floor`: what dimming may still save is not refused.
+        """
+        if not self._not_started:
+            return []
+        now, load = time.monotonic(), self.load()
+        settings = self.settings
+        pace = Pace(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
+        queue = sorted(self._not_started.values(), key=lambda request: (request.sort_key, request.number))
+        waiting = [
+            Waiting(
+                request.request_id,
+                now - request.arrival,
+                len(request.prompt_ids),
+                request.params.brownout == "never",
+                request.params.priority,
+            )
+            for request in queue
+        ]
+        events: list[Event] = []
+        started = load.waiting_tokens - sum(request.tokens for request in waiting)
+        for refusal in late_requests(pace, started, waiting, limit_s):
+            self.abort(refusal.request_id)
+            self.counters.requests_shed += 1
+            late_s = refusal.expected_s - limit_s
+            message = (
+                f"the server is overloaded: the first token would come after about {refusal.expected_s:.1f} s, more than "
+                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(late_s))} s"
+            )
+            events.append(RequestEnded(refusal.request_id, "rejected", message))
+        return events
 
     def step(self) -> list[Event]:
         """Compute one batch and return what happened. Without work that can run, returns only expired requests."""

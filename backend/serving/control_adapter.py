@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
 VALUE_KEYS = ("threshold_prefill", "threshold_decode", "level", "way", "mechanism", "similarity_min")
-KEYS = (*VALUE_KEYS, "owner", "lease_s", "token")
+#: threshold_floor: how far the owner may still dim; engines refuse early only what even that would not save.
+KEYS = (*VALUE_KEYS, "threshold_floor", "owner", "lease_s", "token")
 DEFAULT_OWNER = "operator"
 DEFAULT_LEASE_S = 10.0
 MAX_LEASE_S = 86400.0
@@ -48,6 +49,7 @@ class Change:
     values: dict[str, float | int | str]
     owner: str
     lease_s: float
+    floor: float = 1.0
 
 
 def parse_values(parameters: Mapping[str, object], levels: Sequence[Level]) -> dict[str, float | int | str]:
@@ -100,7 +102,8 @@ def parse_change(parameters: Mapping[str, object], levels: Sequence[Level], toke
     if not isinstance(owner, str) or not owner.isprintable() or not 0 < len(owner.encode()) <= MAX_OWNER_BYTES:
         raise InvalidRequestError(f"owner must be a name of 1 to {MAX_OWNER_BYTES} bytes, got {_show(owner)}")
     lease_s = _number("lease_s", given.get("lease_s", DEFAULT_LEASE_S), 0.0, MAX_LEASE_S)
-    return Change(parse_values(given, levels), owner, lease_s)
+    floor = _number("threshold_floor", given.get("threshold_floor", 1.0), 0.0, 1.0)
+    return Change(parse_values(given, levels), owner, lease_s, floor)
 
 
 class ControlPlane:
@@ -144,7 +147,7 @@ class ControlPlane:
                     _available(section).way_of(settings)
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from None
-        self._lease = lease.granted(settings, change.owner, change.lease_s, now)
+        self._lease = lease.granted(settings, change.owner, change.lease_s, now, change.floor)
         self._lease.write(self._block)
 
     def _telemetry(self) -> dict[int, np.void]:

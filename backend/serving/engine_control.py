@@ -12,7 +12,8 @@ import numpy as np
 from backend.brownout.block import MAX_ENGINES, MAX_LAYERS, MAX_STEPS, TELEMETRY, Block
 from backend.brownout.buckets import bucket_of
 from backend.brownout.control import SettingsReader
-from backend.engine.engine import Engine
+from backend.brownout.step_model import StepModel, StepSample
+from backend.engine.engine import Engine, Event
 from backend.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 _WRITE_PERIOD_S = 0.02
 #: Slot usage reads the device.
 _USAGE_PERIOD_S = 0.5
+_SHED_PERIOD_S = 0.01
 
 
 class EngineControl:
@@ -43,7 +45,8 @@ class EngineControl:
         self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
         self._num_steps = self._num_prefill = self._num_decode = 0
         self._max_gap_s = 0.0
-        self._next_write_s = self._next_usage_s = 0.0
+        self._model = StepModel()
+        self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
 
     def follow_settings(self) -> None:
         """Apply what has changed in the block; the new settings act in the next step."""
@@ -74,11 +77,23 @@ class EngineControl:
             settings.threshold_prefill,
             settings.threshold_decode,
         )
+        if self._engine.config.shed_ttft_s is not None:
+            self._model.update(
+                StepSample(seconds, prefill, decode, settings.threshold_prefill, settings.threshold_decode)
+            )
         self._num_steps += 1
         self._num_prefill += prefill
         self._num_decode += decode
         counts = self._prefill if prefill else self._decode
         counts[bucket_of(seconds)] += 1
+
+    def shed(self) -> list[Event]:
+        """End requests that come too late, if that is configured and the engine's speed is known."""
+        limit_s, now = self._engine.config.shed_ttft_s, time.monotonic()
+        if limit_s is None or not self._model.ready or now < self._next_shed_s:
+            return []
+        self._next_shed_s = now + _SHED_PERIOD_S
+        return self._engine.shed(self._model, limit_s, self._settings.floor)
 
     def served(self, ttft_s: Iterable[float], gaps: Iterable[tuple[float, int]]) -> None:
         """Latencies of responses handed to Triton: first ones, and gaps with the tokens that came with each."""

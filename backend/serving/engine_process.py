@@ -95,6 +95,8 @@ class EngineServer:
         while not self._should_end():
             self._receive()
             self._control.follow_settings()
+            if refused := self._control.shed():
+                self._hand_out(refused)
             if self._engine.has_work:
                 started = time.perf_counter()
                 self._hand_out(self._engine.step())

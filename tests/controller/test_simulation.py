@@ -67,6 +67,24 @@ def test_a_constant_load_settles(share: float) -> None:
         assert min(thetas) == 1.0
 
 
+def test_far_beyond_capacity_early_refusal_keeps_the_service_useful() -> None:
+    """Requests per second that finish within the objectives: at three times the capacity no fewer than at any load."""
+    plant, limits, span_s = Plant(), Limits(0.5, 0.12), 20.0
+    runs = {}
+    for share in (1.0, 2.0, 3.0):
+        rate = share * CAPACITY_RPS
+        jobs = poisson_jobs(
+            lambda _, rate=rate: rate, span_s, max_rate=rate, prompt_tokens=PROMPT, output_tokens=OUTPUT, seed=3
+        )
+        runs[share] = Simulation(plant, Predictive(limits), shed_ttft_s=0.5, seed=1).run(jobs, span_s)
+    without = Simulation(plant, Predictive(limits), seed=1).run(jobs, span_s)
+    goodput = {share: run.goodput_rps(0.5, 0.12, span_s) for share, run in runs.items()}
+    assert goodput[3.0] >= 0.9 * max(goodput.values())
+    assert goodput[3.0] > 1.5 * without.goodput_rps(0.5, 0.12, span_s)
+    assert len(runs[1.0].refused_after_s) <= 3
+    assert len(runs[3.0].refused_after_s) > 20
+
+
 @pytest.mark.parametrize("law", [Salc, Predictive])
 def test_full_quality_comes_back_after_a_burst(law: type) -> None:
     jobs = steady(2.0, 10) + [Job(job.arrival_s + 10, job.prompt_tokens, job.output_tokens) for job in steady(0.3, 40)]

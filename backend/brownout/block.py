@@ -23,7 +23,6 @@ import numpy as np
 import psutil
 
 from backend.brownout.buckets import NUM_BUCKETS
-from backend.serving.protocol import runtime_dir
 
 BLOCK_ENV = "BROWNOUT_BLOCK"
 BLOCK_NAME = "brownout.block"
@@ -120,10 +119,10 @@ class BlockEmpty(BlockError):
     """The section has not been written yet."""
 
 
-def block_path() -> Path:
-    """Where this server's block is: named by the environment, else in the runtime directory."""
+def block_path(runtime_dir: Path) -> Path:
+    """Where this server's block is: named by the environment, else in its runtime directory."""
     given = os.environ.get(BLOCK_ENV)
-    return Path(given) if given else runtime_dir() / BLOCK_NAME
+    return Path(given) if given else runtime_dir / BLOCK_NAME
 
 
 class Block:

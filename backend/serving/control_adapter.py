@@ -27,6 +27,7 @@ from backend.brownout.settings import MECHANISMS, Available, Settings
 from backend.config import EngineConfig
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.model_parameters import engine_parameters, own_parameters
+from backend.serving.protocol import runtime_dir
 
 log = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class BrownoutModel:
             baseline = baseline_settings(own_parameters(model_config), levels)
         except ConfigError as error:
             raise pb_utils.TritonModelException(f"{name}: {error}") from None
-        self._block = Block(block_path(), os.getppid())
+        self._block = Block(block_path(runtime_dir()), os.getppid())
         self._plane = ControlPlane(self._block, baseline, levels, os.environ.get(TOKEN_ENV, ""))
 
     def execute(self, requests: list) -> list:

@@ -270,7 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = EngineConfig(**raw_config)
         engine = Engine(config, config.devices[args.index])
-        control = EngineControl(engine, Block(block_path(), args.server_pid), args.index, args.generation)
+        control = EngineControl(
+            engine, Block(block_path(args.runtime_dir), args.server_pid), args.index, args.generation
+        )
         watch = ProcessWatch(args.server_pid)
         server = EngineServer(engine, control, args.runtime_dir, args.index, args.generation, watch)
     except ConfigError as error:

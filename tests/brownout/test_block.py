@@ -99,11 +99,10 @@ def test_the_block_of_an_earlier_server_is_not_used(tmp_path: Path) -> None:
 
 
 def test_the_environment_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BROWNOUT_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("BROWNOUT_BLOCK", raising=False)
-    assert block_path() == tmp_path / "brownout.block"
+    assert block_path(tmp_path) == tmp_path / "brownout.block"
     monkeypatch.setenv("BROWNOUT_BLOCK", "/somewhere/else")
-    assert block_path() == Path("/somewhere/else")
+    assert block_path(tmp_path) == Path("/somewhere/else")
 
 
 WRITER = """

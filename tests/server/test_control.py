@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -22,12 +23,18 @@ from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient, Held, Refused, Unreachable
 from tests.server.conftest import TINY
 from tests.server.observe import descendants, engine_processes, wait_until
-from tests.server.talk import HttpStream, generate, get, post, sampling
+from tests.server.talk import HttpStream, ServerError, generate, get, grpc_infer, post, sampling
 
 pytestmark = pytest.mark.server
 
 TOKEN = "for-tests"
-TWO_ENGINES = TINY | {"MOE_LLM_DEVICE": "cpu,cpu:0", "BROWNOUT_CONTROL_TOKEN": TOKEN}
+SHED_TTFT_S = 3
+TWO_ENGINES = TINY | {
+    "MOE_LLM_DEVICE": "cpu,cpu:0",
+    "MOE_LLM_MAX_RUNNING": "2",
+    "MOE_LLM_SHED_TTFT_S": str(SHED_TTFT_S),
+    "BROWNOUT_CONTROL_TOKEN": TOKEN,
+}
 #: Needs no united experts, so that every checkpoint can follow.
 DIM = {"threshold_prefill": 0.5, "threshold_decode": 0.25, "mechanism": "drop"}
 LONG = {"text_input": "for long", "sampling_parameters": sampling(max_tokens=900)}
@@ -145,6 +152,31 @@ def test_a_dry_run_changes_nothing(controlled: RunningServer, plane: BrownoutCli
     with controller(controlled, "--dry-run", "--log", str(log)):
         wait_until(lambda: log.exists() and '"dry_run"' in log.read_text(), 20, "decided")
     assert settings_of(plane)["version"] == version
+
+
+def test_far_too_many_requests_are_refused_early_and_each_ends_once(
+    controlled: RunningServer, plane: BrownoutClient
+) -> None:
+    """Two run at once on each engine: of a crowd, those are refused that would wait for longer than the limit."""
+    inputs = {"text_input": "crowd", "sampling_parameters": sampling(max_tokens=800)}
+
+    def ask(_: int) -> str:
+        try:
+            return f"{grpc_infer(controlled, inputs | {'return_num_output_tokens': True}).last['num_output_tokens']} tokens"
+        except ServerError as error:
+            assert error.code == "UNAVAILABLE"
+            return error.message
+
+    with ThreadPoolExecutor(60) as pool:
+        list(pool.map(ask, range(2)))  # so that the engines know their own speed
+        answers = list(pool.map(ask, range(60)))
+    served = answers.count("800 tokens")
+    refused = [answer for answer in answers if "overloaded" in answer]
+    assert served + len(refused) == 60, set(answers)
+    assert served >= 4
+    assert refused
+    assert all(f"more than {SHED_TTFT_S} s (shed_ttft_s); retry in about" in answer for answer in refused)
+    assert sum(entry["requests_shed"] for entry in plane.call()["telemetry"]) == len(refused)
 
 
 @pytest.mark.parametrize("fault", ["torn", "rubbish", "truncated", "removed"])

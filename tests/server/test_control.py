@@ -37,7 +37,7 @@ TWO_ENGINES = TINY | {
 }
 #: Needs no united experts, so that every checkpoint can follow.
 DIM = {"threshold_prefill": 0.5, "threshold_decode": 0.25, "mechanism": "drop"}
-LONG = {"text_input": "for long", "sampling_parameters": sampling(max_tokens=900)}
+LONG = {"text_input": "for long", "sampling_parameters": sampling(max_tokens=700)}
 
 
 @pytest.fixture(scope="module")

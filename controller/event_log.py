@@ -14,7 +14,9 @@ from controller.reading import Reading
 class Event(msgspec.Struct):
     """One turn of the loop. `resumed` are thresholds that the law was started from in this turn."""
 
+    #: time.monotonic() of the controller's machine, and seconds since 1970.
     time_s: float
+    unix_s: float
     dt_s: float
     mode: str
     reading: Reading | None = None

@@ -83,7 +83,7 @@ class Controller:
 
     def turn(self, dt_s: float) -> Event:
         """Read, decide and set, once; `dt_s` since the last turn. Raises Refused if the server refuses for good."""
-        event = Event(time.time(), dt_s, self.mode)
+        event = Event(time.monotonic(), time.time(), dt_s, self.mode)
         try:
             self._turn(event, dt_s)
         except Unreachable as error:

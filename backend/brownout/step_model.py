@@ -28,6 +28,12 @@ _NOISE = 0.1**2
 #: Standard deviation of the weights before the first step, in units of that step's time.
 _PRIOR = 2.0
 _ERROR_SMOOTHING = 0.02
+#: Before so many steps, predictions are not gone by.
+_FIRST_SAMPLES = 6
+#: Deviations are measured by the prediction, but at least by this share of the typical step; larger ones than _LARGEST
+#: (a step that was held up by something else) count as that.
+_LEAST_SCALE = 0.2
+_LARGEST = 10.0
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True):
@@ -51,18 +57,19 @@ def features(prefill: ArrayLike, decode: ArrayLike, theta_prefill: ArrayLike, th
 
 
 class StepModel:
-    """Fitted to relative deviations, so that short decode steps count as much as long prefill steps.
+    """Fitted to deviations relative to what was expected, so that short decode steps count as much as long prefill steps.
 
     Until dimming has been seen, a step's cost is taken to be half savable: the least squares solution of least norm.
     """
 
     def __init__(self) -> None:
         self.num_samples = 0
-        #: Mean absolute relative error of the last some 50 predictions, each made before its step was learnt; None at first.
+        #: Mean absolute error of the last some 50 predictions, each made before its step was learnt and as a share of it.
         self.error: float | None = None
         self._weights = np.zeros(len(WEIGHT_NAMES))
         self._covariance = np.zeros((len(WEIGHT_NAMES),) * 2)
         self._trace_limit = 0.0
+        self._typical_s = 0.0
         self._usable = self._weights
 
     @property
@@ -78,23 +85,33 @@ class StepModel:
     def update(self, sample: StepSample) -> None:
         """Learn one step."""
         seconds = max(sample.seconds, 1e-6)
-        row = features(*_inputs(sample)) / seconds
+        inputs = features(*_inputs(sample))
+        scale = self._scale_s(inputs, seconds)
+        row, target = inputs / scale, min(seconds / scale, _LARGEST)
         if self.num_samples == 0:
+            self._typical_s = seconds
             self._covariance = np.eye(len(row)) * (_PRIOR * seconds) ** 2
             self._trace_limit = float(np.trace(self._covariance))
-        elif self.num_samples > 5:
-            error = abs(float(row @ self._usable) - 1.0)
+        elif self.num_samples >= _FIRST_SAMPLES:
+            error = abs(float(row @ self._usable) - target)
             self.error = error if self.error is None else self.error + _ERROR_SMOOTHING * (error - self.error)
         # Forgetting makes the covariance grow in directions that no step informs about; bounded, they do not run away.
         if np.trace(self._covariance) < self._trace_limit * _FORGETTING:
             self._covariance /= _FORGETTING
         spread = self._covariance @ row
         gain = spread / (_NOISE + row @ spread)
-        self._weights = self._weights + gain * (1.0 - row @ self._weights)
+        self._weights = self._weights + gain * (target - row @ self._weights)
         self._covariance -= np.outer(gain, spread)
         self._covariance = (self._covariance + self._covariance.T) / 2
+        self._typical_s += _ERROR_SMOOTHING * (seconds - self._typical_s)
         self.num_samples += 1
         self._usable = _nonnegative(self._weights)
+
+    def _scale_s(self, inputs: Array, seconds: float) -> float:
+        """What to measure this step's deviation by. By its own time, slow steps would count less and be underestimated."""
+        if self.num_samples < _FIRST_SAMPLES:
+            return seconds
+        return max(float(inputs @ self._usable), _LEAST_SCALE * self._typical_s)
 
     def learn(self, samples: Iterable[StepSample]) -> None:
         for sample in samples:
@@ -114,6 +131,7 @@ class StepModel:
             "weights": self._weights.tolist(),
             "covariance": self._covariance.tolist(),
             "trace_limit": self._trace_limit,
+            "typical_s": self._typical_s,
         }
 
     @classmethod
@@ -125,6 +143,7 @@ class StepModel:
         model._weights = np.array(state["weights"], np.float64)
         model._covariance = np.array(state["covariance"], np.float64)
         model._trace_limit = float(state["trace_limit"])
+        model._typical_s = float(state["typical_s"])
         size = len(WEIGHT_NAMES)
         if model._weights.shape != (size,) or model._covariance.shape != (size, size):
             raise ValueError(f"weights must be {size} numbers and covariance {size} x {size}")

@@ -50,6 +50,13 @@ def test_a_changed_engine_is_learnt_anew() -> None:
     assert float(model.predict_s(0, 8, 1, 1)) == pytest.approx(2 * (0.014 + 0.0024), rel=0.05)
 
 
+def test_the_mean_of_noisy_steps_is_found() -> None:
+    """Most steps take 2 ms, every tenth is held up and takes 30 ms: 4.8 ms on average, which queues feel."""
+    model = StepModel()
+    model.learn(StepSample(0.03 if i % 10 == 0 else 0.002, 0, 8, 1.0, 1.0) for i in range(2000))
+    assert float(model.predict_s(0, 8, 1.0, 1.0)) == pytest.approx(0.0048, rel=0.15)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(samples, min_size=1, max_size=60))
 def test_predictions_are_finite_and_never_fall_with_tokens_or_thresholds(steps: list[StepSample]) -> None:

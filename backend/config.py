@@ -59,6 +59,11 @@ class EngineConfig:
     #: File of expert similarities, for rerouting. Default: expert-similarity.safetensors of the checkpoint's folder, if
     #: it is there; `none`: none; a dummy makes one for `seeded`.
     similarity: str = ""
+    #: Calibrated brownout levels; default: brownout-profile.json of the checkpoint's folder, if it is there.
+    profile: str = ""
+    #: Time to the first token that requests are for: one that can no longer get it in this time is refused early. Default:
+    #: none is.
+    shed_ttft_s: float | None = None
     #: `auto`, `triton` and `flash_attn` (GPU only; flash_attn needs its package and a block_size of 256) or `torch`.
     attention_backend: str = "auto"
     #: Replay decode steps as CUDA graphs: `auto` (on a GPU), `on`, `off`.
@@ -99,6 +104,7 @@ class EngineConfig:
             "kv_cache_blocks",
             "left out when kv_cache_memory is given",
         )
+        check(self.shed_ttft_s is None or self.shed_ttft_s > 0, "shed_ttft_s", "greater than 0 seconds")
         check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
         check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
         check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")

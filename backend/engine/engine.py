@@ -15,7 +15,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
+from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
@@ -25,12 +27,14 @@ from backend.engine.prompt import check_prompt
 from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
 from backend.engine.sampler import Sampled, sample
 from backend.engine.scheduler import Schedule, Scheduler
+from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import InvalidRequestError, UnavailableError
 
 Event = TokenOutput | RequestEnded
 
 #: Window over which the rate of finished requests is measured, for retry hints.
 _RATE_WINDOW = 64
+_OUTPUT_SMOOTHING = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,21 @@ class EngineStats:
     active_slots_by_layer: list[int]
     #: Share of the last step's assignments that united experts (or whatever replaces experts) served.
     united_share: float
+
+
+@dataclass
+class EngineCounters:
+    """Totals since the start, and what the last step computed; plain numbers, cheap to read after every step."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    sequences_finished: int = 0
+    requests_shed: int = 0
+    #: Of sequences that ended by themselves, smoothed over the last some 20; 0 before the first.
+    mean_output_tokens: float = 0.0
+    #: Tokens of the last call of `step`; both 0 if it had nothing to compute.
+    step_prefill_tokens: int = 0
+    step_decode_tokens: int = 0
 
 
 class Engine:
@@ -73,7 +92,8 @@ class Engine:
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_batch_tokens, config.max_running)
         self._requests: dict[object, Request] = {}
-        self._not_started: set[object] = set()
+        self.counters = EngineCounters()
+        self._not_started: dict[object, Request] = {}
         self._deadlines = LazyHeap()
         self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._num_steps = 0
@@ -109,7 +129,9 @@ class Engine:
                 f"the queue is full: {self.config.max_waiting} requests wait (max_waiting){self._retry_hint()}"
             )
         self._requests[request.request_id] = request
-        self._not_started.add(request.request_id)
+        self._not_started[request.request_id] = request
+        self.counters.requests += 1
+        self.counters.prompt_tokens += len(request.prompt_ids)
         if request.deadline is not None:
             self._deadlines.push((request.deadline, request.number), request)
         self.scheduler.add(request.sequences[0])
@@ -136,10 +158,63 @@ class Engine:
         """Brownout settings that this engine's model can follow."""
         return self.runner.available
 
+    def load(self) -> EngineLoad:
+        """What is before the engine now."""
+        oldest = next(iter(self._not_started.values()), None)
+        waiting_tokens = sum(len(request.prompt_ids) for request in self._not_started.values())
+        for sequence in self.scheduler.running:
+            waiting_tokens += max(0, sequence.num_prompt - sequence.num_computed)
+        return EngineLoad(
+            running=len(self.scheduler.running),
+            waiting=len(self._not_started),
+            waiting_tokens=waiting_tokens,
+            oldest_waiting_s=0.0 if oldest is None else max(0.0, time.monotonic() - oldest.arrival),
+            kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.scheduler.max_running,
+            mean_output_tokens=self.counters.mean_output_tokens,
+        )
+
+    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0) -> list[Event]:
+        """End waiting requests that can no longer get their first token within `limit_s` of their arrival.
+
+        They are judged at the present thresholds or, if it is lower, at `floor`: what dimming may still save is not refused.
+        """
+        if not self._not_started:
+            return []
+        now, load = time.monotonic(), self.load()
+        settings = self.settings
+        pace = Pace(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
+        queue = sorted(self._not_started.values(), key=lambda request: (request.sort_key, request.number))
+        waiting = [
+            Waiting(
+                request.request_id,
+                now - request.arrival,
+                len(request.prompt_ids),
+                request.params.brownout == "never",
+                request.params.priority,
+            )
+            for request in queue
+        ]
+        events: list[Event] = []
+        started = load.waiting_tokens - sum(request.tokens for request in waiting)
+        for refusal in late_requests(pace, started, waiting, limit_s):
+            self.abort(refusal.request_id)
+            self.counters.requests_shed += 1
+            late_s = refusal.expected_s - limit_s
+            message = (
+                f"the server is overloaded: the first token would come after about {refusal.expected_s:.1f} s, more than "
+                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(late_s))} s"
+            )
+            events.append(RequestEnded(refusal.request_id, "rejected", message))
+        return events
+
     def step(self) -> list[Event]:
         """Compute one batch and return what happened. Without work that can run, returns only expired requests."""
         events: list[Event] = self._expire()
         schedule = self.scheduler.schedule()
+        self.counters.step_decode_tokens = schedule.num_decodes
+        self.counters.step_prefill_tokens = sum(schedule.num_tokens) - schedule.num_decodes
         if schedule:
             logits = self.runner.run(schedule)
             ready = self._book(schedule)
@@ -176,7 +251,7 @@ class Engine:
             computed(sequence, count, untouched)
             request = sequence.request
             if not request.siblings_started:
-                self._not_started.discard(request.request_id)
+                self._not_started.pop(request.request_id, None)
                 if sequence.prompt_computed:
                     request.siblings_started = True
                     for sibling in request.sequences[1:]:
@@ -230,11 +305,18 @@ class Engine:
         elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_model_len:
             reason = FINISH_LENGTH
         if reason is not None:
+            self._count_finished(sequence.num_output)
             self._remove(sequence, reason)
             self._forget_if_finished(request)
         return TokenOutput(
             request.request_id, sequence.index, token, reason, sampled.logprob, sampled.rank, sampled.top, united_share
         )
+
+    def _count_finished(self, num_output: int) -> None:
+        counters = self.counters
+        counters.sequences_finished += 1
+        mean = counters.mean_output_tokens or num_output
+        counters.mean_output_tokens = mean + _OUTPUT_SMOOTHING * (num_output - mean)
 
     def _remove(self, sequence: Sequence, reason: str) -> None:
         """Finish a sequence, also one that has not reached the scheduler yet."""
@@ -245,7 +327,7 @@ class Engine:
 
     def _forget_if_finished(self, request: Request) -> None:
         if request.finished and self._requests.pop(request.request_id, None) is not None:
-            self._not_started.discard(request.request_id)
+            self._not_started.pop(request.request_id, None)
             self._finish_times.append(time.monotonic())
             if request.deadline is not None:
                 self._deadlines.ended()

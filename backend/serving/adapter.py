@@ -26,6 +26,7 @@ from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.client import EngineClient
 from backend.serving.live_request import LiveRequest, Reply
 from backend.serving.metrics import Metrics
+from backend.serving.model_parameters import ENGINE_MODEL, engine_parameters
 from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
 from backend.serving.protocol import Outputs, replace_file, runtime_dir
@@ -33,8 +34,6 @@ from backend.serving.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-#: The model whose config.pbtxt holds the engine's parameters; it also reports the engine-wide metrics.
-ENGINE_MODEL = "moe_llm"
 RESPONSES_PER_S_AND_CORE = 300
 _CANCEL_PERIOD_S = 0.2
 
@@ -185,15 +184,24 @@ class MoeLlmModel:
             _, sender = self._live[live.request_id]
             if reply.final:
                 del self._live[live.request_id]
-        if reply.final:
-            self._client.forget(live.request_id)
-        self._send(sender, reply)
+        try:
+            self._send(sender, reply)
+            self._book(live, reply)
+        finally:
+            if reply.final:
+                self._client.forget(live.request_id)
+
+    def _book(self, live: LiveRequest, reply: Reply) -> None:
+        """Stamp the latencies of a response that has just been handed to Triton."""
         now = time.monotonic()
         if reply.error is None:
-            if live.parsed.stream and not live.sent_first:
-                self._metrics.first_response(now - live.arrival)
+            first = live.parsed.stream and not live.sent_first
+            ttft_s = now - live.arrival if first else None
+            if ttft_s is not None:
+                self._metrics.first_response(ttft_s)
             gap_s = now - live.last_sent_s if live.sent_first else None
             self._metrics.tokens(reply.num_tokens, gap_s)
+            self._client.served(live.request_id, reply.num_tokens, ttft_s, gap_s)
         live.sent_first, live.last_sent_s = True, now
         if reply.outcome is not None:
             self._metrics.ended(
@@ -256,18 +264,3 @@ _ERROR_CODES = {
     "cancelled": "CANCELLED",
     "failed": "INTERNAL",
 }
-
-
-def engine_parameters(model_name: str, model_config: Mapping, args: Mapping[str, str]) -> dict[str, str]:
-    """The engine's parameters: this model's own, or those of the engine model beside it in the repository."""
-    if model_name != ENGINE_MODEL:
-        from google.protobuf import text_format
-        from tritonclient.grpc import model_config_pb2
-
-        path = Path(args["model_repository"]).parent / ENGINE_MODEL / "config.pbtxt"
-        try:
-            config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-        except (OSError, text_format.ParseError) as error:
-            raise ConfigError(f"the engine's parameters could not be read from {path}: {error}") from None
-        return {key: value.string_value for key, value in config.parameters.items()}
-    return {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}

@@ -23,6 +23,7 @@ from backend.serving.protocol import (
     Hello,
     Outputs,
     ProcessWatch,
+    Served,
     Stats,
     Submit,
     decode_to_stub,
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _POLL_MS = 50
 _WATCH_PERIOD_S = 0.1
 _START_POLL_S = 0.05
+_REPORT_PERIOD_S = 0.1
 
 OnOutputs = Callable[[Outputs], None]
 OnLost = Callable[[list[int], str], None]
@@ -51,6 +53,9 @@ class _Link:
     info: EngineInfo | None = None
     stats: Stats | None = None
     active: set[int] = field(default_factory=set)
+    #: Latencies not yet told to the engine.
+    ttft_s: list[float] = field(default_factory=list)
+    gaps: list[tuple[float, int]] = field(default_factory=list)
 
 
 class EngineClient:
@@ -130,6 +135,17 @@ class EngineClient:
             if link is not None:
                 link.outbox.send(encode(Abort(self._name, request_id, index)))
 
+    def served(self, request_id: int, num_tokens: int, ttft_s: float | None, gap_s: float | None) -> None:
+        """A response with so many tokens was handed to Triton: the first one, or `gap_s` after the one before."""
+        with self._lock:
+            link = self._link_of.get(request_id)
+            if link is None:
+                return
+            if ttft_s is not None:
+                link.ttft_s.append(ttft_s)
+            if gap_s is not None and num_tokens:
+                link.gaps.append((gap_s, num_tokens))
+
     def forget(self, request_id: int) -> None:
         """The request has ended; it no longer counts as load."""
         with self._lock:
@@ -170,7 +186,7 @@ class EngineClient:
     def _run(self) -> None:
         """Receive until closed; look after the engines' lives in between."""
         poller = zmq.Poller()
-        next_watch_s = 0.0
+        next_watch_s = next_report_s = 0.0
         while not self._closed.is_set():
             if time.monotonic() >= next_watch_s:
                 for index in range(len(self._config.devices)):
@@ -178,6 +194,16 @@ class EngineClient:
                 next_watch_s = time.monotonic() + _WATCH_PERIOD_S
             for socket, _ in poller.poll(_POLL_MS):
                 self._receive(socket)
+            if time.monotonic() >= next_report_s:
+                self._report_latencies()
+                next_report_s = time.monotonic() + _REPORT_PERIOD_S
+
+    def _report_latencies(self) -> None:
+        with self._lock:
+            for link in self._links.values():
+                if link.ttft_s or link.gaps:
+                    link.outbox.send(encode(Served(link.ttft_s, link.gaps)))
+                    link.ttft_s, link.gaps = [], []
 
     def _watch(self, index: int, poller: zmq.Poller) -> None:
         """Connect to a new generation of an engine, drop a dead one."""

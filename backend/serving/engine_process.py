@@ -18,10 +18,12 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.engine.engine import Engine, Event
 from backend.engine.request import Request, RequestEnded, TokenOutput
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
+from backend.serving.engine_control import EngineControl
 from backend.serving.protocol import (
     EXIT_CONFIG,
     Abort,
@@ -31,6 +33,7 @@ from backend.serving.protocol import (
     Hello,
     Outputs,
     ProcessWatch,
+    Served,
     Stats,
     Submit,
     decode_to_engine,
@@ -59,8 +62,17 @@ class _Client:
 class EngineServer:
     """Serves one Engine to the stubs. Engine request ids are (client, request id) pairs."""
 
-    def __init__(self, engine: Engine, runtime_dir: Path, index: int, generation: int, server: ProcessWatch) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        control: EngineControl,
+        runtime_dir: Path,
+        index: int,
+        generation: int,
+        server: ProcessWatch,
+    ) -> None:
         self._engine = engine
+        self._control = control
         self._server = server
         self._clients: dict[str, _Client] = {}
         self._context = zmq.Context()
@@ -82,8 +94,14 @@ class EngineServer:
         """Serve until there is a reason to end."""
         while not self._should_end():
             self._receive()
+            self._control.follow_settings()
+            if refused := self._control.shed():
+                self._hand_out(refused)
             if self._engine.has_work:
+                started = time.perf_counter()
                 self._hand_out(self._engine.step())
+                self._control.stepped(time.perf_counter() - started)
+            self._control.publish()
         self._end_all("the engine is shutting down")
         for client in self._clients.values():
             client.socket.close(linger=1000)
@@ -133,6 +151,8 @@ class EngineServer:
                         self._forget(self._clients[name], request_id)
                 case Hello():
                     self._connect(message)
+                case Served(ttft_s=ttft_s, gaps=gaps):
+                    self._control.served(ttft_s, gaps)
                 case Bye(client=name):
                     self._disconnect(name)
 
@@ -250,7 +270,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = EngineConfig(**raw_config)
         engine = Engine(config, config.devices[args.index])
-        server = EngineServer(engine, args.runtime_dir, args.index, args.generation, ProcessWatch(args.server_pid))
+        control = EngineControl(
+            engine, Block(block_path(args.runtime_dir), args.server_pid), args.index, args.generation
+        )
+        watch = ProcessWatch(args.server_pid)
+        server = EngineServer(engine, control, args.runtime_dir, args.index, args.generation, watch)
     except ConfigError as error:
         record.error = str(error)
         record.write(args.runtime_dir, args.index)

@@ -24,6 +24,7 @@ from typing import IO
 
 import psutil
 
+from backend.brownout.block import BLOCK_ENV, BLOCK_NAME
 from backend.errors import ConfigError
 from backend.serving.launch_failure import failure_sentence
 from backend.serving.launch_options import DRAIN_TIMEOUT_ENV, LaunchOptions, parse_options
@@ -133,6 +134,7 @@ class Launcher:
             **server.env,
             RUNTIME_DIR_ENV: str(self._workspace.path),
             DRAIN_TIMEOUT_ENV: f"{options.drain_timeout_s:g}",
+            BLOCK_ENV: os.environ.get(BLOCK_ENV) or str(self._workspace.path / BLOCK_NAME),
         }
         self._log_start = self._log.seek(0, os.SEEK_END)
         # A session of its own: a terminal's Ctrl-C reaches the launcher alone, which ends the rest in the right order.

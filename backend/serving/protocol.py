@@ -58,6 +58,16 @@ class Abort(msgspec.Struct, tag=True):
     index: int | None = None
 
 
+class Served(msgspec.Struct, tag=True):
+    """Latencies of responses that a stub has handed to Triton since its last such message.
+
+    `gaps` are (seconds since the response before, tokens that came with it): so many inter-token latencies of the quotient.
+    """
+
+    ttft_s: list[float]
+    gaps: list[tuple[float, int]]
+
+
 class EngineInfo(msgspec.Struct, tag=True):
     """What a stub must know to check and tokenise requests."""
 
@@ -89,7 +99,7 @@ class Stats(msgspec.Struct, tag=True):
     united_share: float
 
 
-ToEngine = Hello | Bye | Submit | Abort
+ToEngine = Hello | Bye | Submit | Abort | Served
 ToStub = EngineInfo | Outputs | Stats
 
 encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,64 @@
+"""When a waiting request gets its first token, by the step model: used to dim in time and to refuse what is too late."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from backend.brownout.step_model import Array, StepModel
+
+#: With so much of the KV cache in use, a waiting request is taken to wait for a running one to end.
+_KV_FULL = 0.95
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What an engine has before it. Sizes in tokens unless the name says otherwise."""
+
+    running: int
+    waiting: int
+    #: Known tokens that no step has computed yet, beyond one per decoding sequence.
+    waiting_tokens: int
+    oldest_waiting_s: float
+    kv_usage_ratio: float
+    max_batch_tokens: int
+    max_running: int
+    #: Of finished sequences lately; 0 while none has finished.
+    mean_output_tokens: float
+
+    @property
+    def slots(self) -> int:
+        """Sequences that can run at once: fewer than max_running if the KV cache is full."""
+        full = self.waiting > 0 and self.running > 0 and self.kv_usage_ratio >= _KV_FULL
+        return min(self.running, self.max_running) if full else self.max_running
+
+
+def first_token_s(
+    model: StepModel,
+    load: EngineLoad,
+    tokens: float,
+    requests_ahead: float,
+    theta_prefill: ArrayLike,
+    theta_decode: ArrayLike,
+) -> Array:
+    """Seconds from now to the first token of a request at some place of the queue; thresholds broadcast.
+
+    `tokens` are its own and those ahead of it that are still to be computed, `requests_ahead` those waiting before it. Two
+    things may hold it up, prefill work and the wait for running sequences to finish; they overlap, so the longer one counts.
+    """
+    decodes = min(load.running, load.max_batch_tokens - 1)
+    chunk = load.max_batch_tokens - decodes
+    full_chunks, rest = divmod(max(tokens, 1), chunk)
+    prefill = full_chunks * model.predict_s(chunk, decodes, theta_prefill, theta_decode)
+    if rest:
+        prefill = prefill + model.predict_s(rest, decodes, theta_prefill, theta_decode)
+    to_finish = load.running + requests_ahead + 1 - load.slots
+    if to_finish <= 0 or load.mean_output_tokens <= 0 or decodes == 0:
+        return prefill
+    # While sequences finish and are replaced, a step has this much prefill besides the decodes.
+    per_request = load.waiting_tokens / max(load.waiting, 1)
+    beside = min(chunk, per_request * decodes / load.mean_output_tokens)
+    step = model.predict_s(beside, decodes, theta_prefill, theta_decode)
+    return np.maximum(prefill, to_finish * load.mean_output_tokens / decodes * step)

@@ -1,0 +1,80 @@
+"""Early refusal: which waiting requests can no longer get their first token in time, and whom to give up for the others."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backend.brownout.queue_model import EngineLoad
+from backend.brownout.step_model import StepModel
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request without a token yet. `never` (full quality wanted) and a lower `priority` number make it more important."""
+
+    request_id: object
+    age_s: float
+    tokens: int
+    never: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that is to be refused, and after how long from its arrival its first token would have come."""
+
+    request_id: object
+    expected_s: float
+
+
+class Pace:
+    """How fast the engine goes through its queue at the present thresholds; see `queue_model.first_token_s`."""
+
+    def __init__(self, model: StepModel, load: EngineLoad, theta_prefill: float, theta_decode: float) -> None:
+        decodes = min(load.running, load.max_batch_tokens - 1)
+        self._chunk = load.max_batch_tokens - decodes
+        per_request = load.waiting_tokens / max(load.waiting, 1)
+        beside = min(self._chunk, per_request * decodes / max(load.mean_output_tokens, 1))
+        one, full, typical = map(float, model.predict_s([1, self._chunk, beside], decodes, theta_prefill, theta_decode))
+        self._one_s, self._full_s = one, full
+        self._token_s = (full - one) / max(self._chunk - 1, 1)
+        self._free = load.slots - load.running
+        #: Between two sequences that finish.
+        self._finish_s = typical * load.mean_output_tokens / decodes if decodes else 0.0
+
+    def first_token_s(self, tokens: int, ahead: int) -> float:
+        """From now, for a request with so many tokens up to and with its own, and so many requests before it."""
+        chunks, rest = divmod(tokens, self._chunk)
+        prefill_s = chunks * self._full_s + (self._one_s + (rest - 1) * self._token_s if rest else 0.0)
+        return max(prefill_s, (ahead + 1 - self._free) * self._finish_s)
+
+
+def late_requests(pace: Pace, started_tokens: int, waiting: Iterable[Waiting], limit_s: float) -> list[Refusal]:
+    """Whom to refuse so that the others are in time; `waiting` in the order of service.
+
+    After Moore and Hodgson: walk along the queue, and where one would be late give up the least important so far, `auto`
+    before `never`, then the highest priority number, then the last in the queue. `started_tokens` are still to be computed
+    for requests that are no longer waiting.
+    """
+    refusals: list[Refusal] = []
+    tokens, ahead = started_tokens, 0
+    kept: list[tuple[bool, int, int, Waiting]] = []
+    for position, request in enumerate(waiting):
+        alone_s = request.age_s + pace.first_token_s(started_tokens + request.tokens, 0)
+        if alone_s > limit_s:
+            refusals.append(Refusal(request.request_id, alone_s))
+            continue
+        tokens += request.tokens
+        heapq.heappush(kept, (request.never, -request.priority, -position, request))
+        while (expected_s := request.age_s + pace.first_token_s(tokens, ahead)) > limit_s:
+            given_up = heapq.heappop(kept)[3]
+            tokens -= given_up.tokens
+            refusals.append(Refusal(given_up.request_id, expected_s))
+            if given_up is request:
+                break
+            ahead -= 1
+        else:
+            ahead += 1
+    return refusals

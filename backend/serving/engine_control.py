@@ -1,0 +1,135 @@
+"""The engine's end of the control block: settings are read between steps, telemetry is written after them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from backend.brownout.block import MAX_ENGINES, MAX_LAYERS, MAX_STEPS, TELEMETRY, Block
+from backend.brownout.buckets import bucket_of
+from backend.brownout.control import SettingsReader
+from backend.brownout.step_model import StepModel, StepSample
+from backend.engine.engine import Engine, Event
+from backend.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: Telemetry is written this often at most, so that very short steps do not pay for it each time.
+_WRITE_PERIOD_S = 0.02
+#: Slot usage reads the device.
+_USAGE_PERIOD_S = 0.5
+_SHED_PERIOD_S = 0.01
+
+
+class EngineControl:
+    """Follows the block's settings and keeps the engine's telemetry section."""
+
+    def __init__(self, engine: Engine, block: Block, index: int, generation: int) -> None:
+        if index >= MAX_ENGINES:
+            raise ConfigError(f"parameter device must list at most {MAX_ENGINES} devices")
+        self._engine, self._block, self._index = engine, block, index
+        self._settings = SettingsReader(block)
+        self._error = ""
+        self._record = np.zeros(1, TELEMETRY)
+        row = self._record[0]
+        row["pid"], row["generation"] = os.getpid(), generation
+        available = engine.available
+        row["ways"] = sum(1 << (way % 64) for way in available.ways)
+        row["similarity"] = available.similarity
+        # Views of the record's arrays: writing through them is cheaper than by name each step.
+        self._steps, self._prefill, self._decode = row["steps"], row["prefill_step_counts"], row["decode_step_counts"]
+        self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
+        self._num_steps = self._num_prefill = self._num_decode = 0
+        self._max_gap_s = 0.0
+        self._model = StepModel()
+        self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
+
+    def follow_settings(self) -> None:
+        """Apply what has changed in the block; the new settings act in the next step."""
+        settings = self._settings.changed()
+        if self._settings.error != self._error:
+            self._error = self._settings.error
+            log.log(logging.ERROR if self._error else logging.INFO, "%s", self._error or "the block is readable again")
+        if settings is None:
+            return
+        try:
+            self._engine.set_settings(settings)
+            self._record[0]["settings_error"] = b""
+        except ConfigError as error:
+            log.error("settings version %d cannot be followed: %s", settings.version, error)
+            self._record[0]["settings_error"] = str(error).encode()[:255]
+        self._next_write_s = 0.0
+
+    def stepped(self, seconds: float) -> None:
+        """A step with its handing out took so long."""
+        counters, settings = self._engine.counters, self._engine.settings
+        prefill, decode = counters.step_prefill_tokens, counters.step_decode_tokens
+        if prefill + decode == 0:
+            return
+        self._steps[self._num_steps % MAX_STEPS] = (
+            seconds,
+            prefill,
+            decode,
+            settings.threshold_prefill,
+            settings.threshold_decode,
+        )
+        if self._engine.config.shed_ttft_s is not None:
+            self._model.update(
+                StepSample(seconds, prefill, decode, settings.threshold_prefill, settings.threshold_decode)
+            )
+        self._num_steps += 1
+        self._num_prefill += prefill
+        self._num_decode += decode
+        counts = self._prefill if prefill else self._decode
+        counts[bucket_of(seconds)] += 1
+
+    def shed(self) -> list[Event]:
+        """End requests that come too late, if that is configured and the engine's speed is known."""
+        limit_s, now = self._engine.config.shed_ttft_s, time.monotonic()
+        if limit_s is None or not self._model.ready or now < self._next_shed_s:
+            return []
+        self._next_shed_s = now + _SHED_PERIOD_S
+        return self._engine.shed(self._model, limit_s, self._settings.floor)
+
+    def served(self, ttft_s: Iterable[float], gaps: Iterable[tuple[float, int]]) -> None:
+        """Latencies of responses handed to Triton: first ones, and gaps with the tokens that came with each."""
+        for seconds in ttft_s:
+            self._ttft[bucket_of(seconds)] += 1
+        for gap_s, tokens in gaps:
+            self._itl[bucket_of(gap_s / tokens)] += tokens
+            self._max_gap_s = max(self._max_gap_s, gap_s)
+
+    def publish(self) -> None:
+        """Write the section, if it is time."""
+        now = time.monotonic()
+        if now < self._next_write_s:
+            return
+        self._next_write_s = now + _WRITE_PERIOD_S
+        engine, row = self._engine, self._record[0]
+        load, counters, settings = engine.load(), engine.counters, engine.settings
+        row["time_s"] = now
+        row["settings_version"] = settings.version
+        row["threshold_prefill"], row["threshold_decode"] = settings.threshold_prefill, settings.threshold_decode
+        row["num_steps"] = self._num_steps
+        row["prefill_tokens"], row["decode_tokens"] = self._num_prefill, self._num_decode
+        row["requests"], row["prompt_tokens"] = counters.requests, counters.prompt_tokens
+        row["sequences_finished"], row["requests_shed"] = counters.sequences_finished, counters.requests_shed
+        row["preemptions"] = engine.scheduler.num_preemptions
+        row["mean_output_tokens"] = counters.mean_output_tokens
+        row["requests_running"], row["requests_waiting"] = load.running, load.waiting
+        row["waiting_tokens"], row["oldest_waiting_s"] = load.waiting_tokens, load.oldest_waiting_s
+        row["kv_usage_ratio"] = load.kv_usage_ratio
+        row["max_batch_tokens"], row["max_running"] = load.max_batch_tokens, load.max_running
+        row["max_gap_s"] = self._max_gap_s
+        if now >= self._next_usage_s and engine.has_work:
+            self._next_usage_s = now + _USAGE_PERIOD_S
+            stats = engine.stats()
+            slots = stats.active_slots_by_layer[:MAX_LAYERS]
+            row["num_layers"] = len(slots)
+            row["active_slots"][: len(slots)] = slots
+            row["assignments_per_token"], row["united_share"] = stats.assignments_per_token, stats.united_share
+        self._block.write_telemetry(self._index, self._record)

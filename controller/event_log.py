@@ -1,0 +1,66 @@
+"""What the controller saw and decided, one JSON line per reading, and the way back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from backend.errors import ConfigError
+from controller.reading import Reading
+
+
+class Event(msgspec.Struct):
+    """One turn of the loop. `resumed` are thresholds that the law was started from in this turn."""
+
+    #: time.monotonic() of the controller's machine, and seconds since 1970.
+    time_s: float
+    unix_s: float
+    dt_s: float
+    mode: str
+    reading: Reading | None = None
+    resumed: tuple[float, float] | None = None
+    threshold_prefill: float | None = None
+    threshold_decode: float | None = None
+    terms: dict[str, float | str | None] = {}
+    settings_version: int | None = None
+    message: str = ""
+
+
+class EventLog:
+    """Appends events to a file; without a path it does nothing. Raises ConfigError if the file cannot be opened."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None
+        if path is not None:
+            try:
+                self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held until close()
+            except OSError as error:
+                raise ConfigError(f"the event log {path} cannot be written: {error.strerror}") from None
+
+    def write(self, event: Event) -> None:
+        if self._file is not None:
+            self._file.write(msgspec.json.encode(event) + b"\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a log. Raises ConfigError, naming file and line; a last line that was cut off is left out."""
+    decode = msgspec.json.Decoder(Event).decode
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"the event log {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield decode(line)
+        except msgspec.MsgspecError as error:
+            if number == len(lines):
+                return
+            raise ConfigError(f"{path}, line {number}, is not an event: {error}") from None

@@ -1,0 +1,231 @@
+"""Dim before latencies show it: predict them with a fitted step model and choose the least dimming that keeps them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from backend.brownout.queue_model import EngineLoad, first_token_s
+from backend.brownout.step_model import DECODE_UNIT, PREFILL_UNIT, Array, StepModel, StepSample
+from controller.laws.base import Decision, Law, Limits
+from controller.reading import EngineReading, Reading
+
+#: Thresholds per axis of the grid that is searched.
+_GRID = 21
+#: Steps that stand for the present mix of prefill and decode.
+_RECENT_STEPS = 64
+#: A prediction may be corrected by what was served up to this factor.
+_MAX_TRIM = 3.0
+_TRIM_FADES_S = 5.0
+#: Brightness that moving a threshold by 1 must be worth: keeps the pair from wandering between equals.
+_STAY = 0.1
+
+
+class Predictive(Law):
+    """Per reading, over a grid of threshold pairs (all engines must hold):
+
+    - TTFT of the queue's head (its age and a step) and tail (the whole queue's drain time, see `queue_model`);
+    - inter-token latency: the P90 of recent steps, each repriced at the candidate thresholds.
+
+    Of the pairs that keep both within (1 - margin) of the SLO the brightest is the target: the one with the highest mean
+    threshold over the tokens of prompts and answers that arrive. Dimming goes there at once;
+    brightening wants `hysteresis` more margin, only goes as far as the present arrivals could be sustained, and moves
+    `brighten_per_s` at most. Latencies that were missed though the
+    predictions had them within the SLO raise the predictions by a trim, which fades when they are kept again.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        margin: float = 0.05,
+        hysteresis: float = 0.05,
+        brighten_per_s: float = 0.5,
+        arrivals_time_s: float = 3.0,
+        model: StepModel | None = None,
+    ) -> None:
+        super().__init__(limits)
+        self.model = StepModel() if model is None else model
+        self._margin = margin
+        self._hysteresis = hysteresis
+        self._brighten_per_s = brighten_per_s
+        self._arrivals_time_s = arrivals_time_s
+        self._ttft = _Trim(limits.ttft_slo_s, self.window_s)
+        self._itl = _Trim(limits.itl_slo_s, self.window_s)
+        self._arrivals: dict[int, tuple[float, float]] = {}
+        self._recent: dict[int, list[StepSample]] = {}
+        self._grid_prefill, self._grid_decode = _grid(limits)
+
+    def resume(self, threshold_prefill: float, threshold_decode: float) -> None:
+        super().resume(threshold_prefill, threshold_decode)
+        self._ttft.reset()
+        self._itl.reset()
+        self._arrivals.clear()
+        self._recent.clear()
+
+    def update(self, reading: Reading | None, dt_s: float) -> Decision:
+        if reading is None:
+            return self._decision(action="no reading")
+        for engine in reading.engines:
+            self.model.learn(engine.steps)
+        for index, engine in enumerate(reading.engines):
+            self._follow(index, engine, dt_s)
+        if not self.model.ready:
+            return self._decision(action="learning")
+        return self._choose(reading, dt_s)
+
+    def predict(self, reading: Reading, theta_prefill: Array, theta_decode: Array) -> tuple[Array, Array]:
+        """TTFT and inter-token latency in seconds [N] of the worst engine at thresholds [N] each, trims included."""
+        ttft, itl = np.zeros_like(theta_prefill), np.zeros_like(theta_prefill)
+        for index, engine in enumerate(reading.engines):
+            ttft = np.maximum(ttft, self._ttft_s(engine.load, theta_prefill, theta_decode))
+            itl = np.maximum(itl, self._itl_s(index, theta_prefill, theta_decode))
+        return ttft * self._ttft.factor, itl * self._itl.factor
+
+    def _choose(self, reading: Reading, dt_s: float) -> Decision:
+        limits = self.limits
+        # The present thresholds stand first: they are judged, too, though they need not be on the grid.
+        theta_prefill = np.concatenate([[self.threshold_prefill], self._grid_prefill])
+        theta_decode = np.concatenate([[self.threshold_decode], self._grid_decode])
+        ttft, itl = self.predict(reading, theta_prefill, theta_decode)
+        self._ttft.update(float(ttft[0]), reading.ttft_p90_s, dt_s)
+        self._itl.update(float(itl[0]), reading.itl_p90_s, dt_s)
+        load = np.maximum(ttft / limits.ttft_slo_s, itl / limits.itl_slo_s)
+        share = self._prefill_share(reading)
+        brightness = share * theta_prefill + (1 - share) * theta_decode
+        now = (self.threshold_prefill, self.threshold_decode)
+        move = np.abs(theta_prefill - now[0]) + np.abs(theta_decode - now[1])
+        score = brightness - _STAY * move
+        if load[0] > 1 - self._margin:
+            fits = load <= 1 - self._margin
+            # Where nothing helps enough, the deepest dimming hurts least.
+            best = int(np.argmax(np.where(fits, score, -np.inf))) if fits.any() else len(load) - 1
+            action = "dim" if fits.any() else "dim fully"
+            self.threshold_prefill = float(theta_prefill[best])
+            self.threshold_decode = float(theta_decode[best])
+        else:
+            sustained = self._sustained(reading, theta_prefill, theta_decode)
+            fits = np.maximum(load, sustained) <= 1 - self._margin - self._hysteresis
+            best = int(np.argmax(np.where(fits, score, -np.inf))) if fits.any() else 0
+            action = "hold"
+            if brightness[best] > brightness[0]:
+                step = self._brighten_per_s * dt_s
+                self.threshold_prefill = min(max(now[0], float(theta_prefill[best])), now[0] + step)
+                self.threshold_decode = min(max(now[1], float(theta_decode[best])), now[1] + step)
+                action = "brighten"
+        return self._decision(
+            action=action,
+            ttft_predicted_s=_finite(ttft[0]),
+            itl_predicted_s=_finite(itl[0]),
+            ttft_target_s=_finite(ttft[best]),
+            itl_target_s=_finite(itl[best]),
+            prefill_share=share,
+            trim_ttft=self._ttft.factor,
+            trim_itl=self._itl.factor,
+            model_error=self.model.error,
+        )
+
+    def _prefill_share(self, reading: Reading) -> float:
+        """Prompt tokens / all tokens of what arrives; half while nothing is known."""
+        prompt = sum(tokens for _, tokens in self._arrivals.values())
+        output = sum(
+            self._arrivals[index][0] * engine.load.mean_output_tokens for index, engine in enumerate(reading.engines)
+        )
+        return prompt / (prompt + output) if prompt > 0 and output > 0 else 0.5
+
+    def _follow(self, index: int, engine: EngineReading, dt_s: float) -> None:
+        """Keep the engine's arrival rates, smoothed, and its recent steps."""
+        share = 1 - math.exp(-dt_s / self._arrivals_time_s)
+        requests, tokens = self._arrivals.get(index, (engine.requests_per_s, engine.prompt_tokens_per_s))
+        self._arrivals[index] = (
+            requests + share * (engine.requests_per_s - requests),
+            tokens + share * (engine.prompt_tokens_per_s - tokens),
+        )
+        busy = engine.load.running + engine.load.waiting > 0
+        recent = [*self._recent.get(index, []), *engine.steps] if busy else []
+        self._recent[index] = recent[-_RECENT_STEPS:]
+
+    def _ttft_s(self, load: EngineLoad, theta_prefill: Array, theta_decode: Array) -> Array:
+        if load.waiting == 0:
+            return np.zeros_like(theta_prefill)
+        each = load.waiting_tokens / load.waiting
+        head = load.oldest_waiting_s + first_token_s(self.model, load, each, 0, theta_prefill, theta_decode)
+        tail = first_token_s(self.model, load, load.waiting_tokens, load.waiting - 1, theta_prefill, theta_decode)
+        return np.maximum(head, tail)
+
+    def _itl_s(self, index: int, theta_prefill: Array, theta_decode: Array) -> Array:
+        """P90 over the tokens of recent steps."""
+        steps = [step for step in self._recent.get(index, ()) if step.decode_tokens > 0]
+        if not steps:
+            return np.zeros_like(theta_prefill)
+        prefill = np.array([step.prefill_tokens for step in steps])[:, None]
+        decode = np.array([step.decode_tokens for step in steps])
+        seconds = self.model.predict_s(prefill, decode[:, None], theta_prefill, theta_decode)
+        order = np.argsort(seconds, axis=0)
+        below = np.cumsum(decode[order], axis=0)
+        row = np.argmax(below >= 0.9 * below[-1], axis=0)
+        columns = np.arange(len(theta_prefill))
+        return seconds[order[row, columns], columns]
+
+    def _sustained(self, reading: Reading, theta_prefill: Array, theta_decode: Array) -> Array:
+        """How much of the objectives and of the engines' room the present arrivals would take if they went on: [N], 1 is all.
+
+        Where a load settles, a step of t seconds computes the prompt tokens of t seconds, and one token each of N = (output
+        tokens per second) * t sequences; so t = fixed cost / (1 - cost of a second's tokens), if there is such a time.
+        """
+        w = self.model.weights
+        prefill_s = (w["prefill"] + w["prefill_theta"] * theta_prefill) / PREFILL_UNIT
+        decode_s = (w["decode"] + w["decode_theta"] * theta_decode) / DECODE_UNIT
+        worst = np.zeros_like(theta_prefill)
+        for index, engine in enumerate(reading.engines):
+            requests, prompt = self._arrivals[index]
+            output = requests * engine.load.mean_output_tokens
+            if output <= 0:
+                continue
+            mixed = (prompt * theta_prefill + output * theta_decode) / (prompt + output)
+            busy = prompt * prefill_s + output * decode_s
+            seconds = (w["step"] + w["step_theta"] * mixed) / np.maximum(1 - busy, 1e-9)
+            load = engine.load
+            worst = np.maximum(worst, seconds * self._itl.factor / self.limits.itl_slo_s)
+            worst = np.maximum(worst, seconds * output / load.slots)
+            worst = np.maximum(worst, seconds * (output + prompt) / load.max_batch_tokens)
+        return worst
+
+
+def _grid(limits: Limits) -> tuple[Array, Array]:
+    """Threshold pairs within the limits, [N] each; the last is the deepest dimming."""
+    prefill = np.linspace(1.0, limits.min_threshold_prefill, _GRID)
+    decode = np.linspace(1.0, limits.min_threshold_decode, _GRID)
+    pairs = np.array([(p, d) for p in prefill for d in decode])
+    # Among pairs of equal brightness the evenest comes first, and is chosen.
+    order = np.lexsort((np.abs(pairs[:, 0] - pairs[:, 1]), -pairs.sum(1).round(9)))
+    return pairs[order, 0], pairs[order, 1]
+
+
+class _Trim:
+    """A factor on predictions: it grows while latencies are missed that were not predicted, and fades when they are kept."""
+
+    def __init__(self, slo_s: float, window_s: float) -> None:
+        self._slo_s, self._window_s = slo_s, window_s
+        self.reset()
+
+    def reset(self) -> None:
+        self.factor = 1.0
+        #: (age, prediction) over the window that served latencies are from, and one second before it.
+        self._predicted: list[tuple[float, float]] = []
+
+    def update(self, predicted_s: float, served_s: float | None, dt_s: float) -> None:
+        aged = [(age + dt_s, seconds) for age, seconds in self._predicted if age + dt_s <= self._window_s + 1.0]
+        self._predicted = [*aged, (0.0, predicted_s)]
+        if served_s is None:
+            return
+        if served_s > self._slo_s >= max(seconds for _, seconds in self._predicted):
+            self.factor = min(_MAX_TRIM, self.factor * (1 + 0.5 * min(dt_s, 1.0)))
+        elif served_s < 0.9 * self._slo_s:
+            self.factor = 1 + (self.factor - 1) * math.exp(-dt_s / _TRIM_FADES_S)
+
+
+def _finite(seconds: float) -> float | None:
+    """For the log: JSON has no infinity."""
+    return float(seconds) if math.isfinite(seconds) else None

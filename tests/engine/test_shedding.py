@@ -1,0 +1,125 @@
+"""Early refusal: the kept are in time, the important ones are kept, and everyone is told."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.brownout.queue_model import first_token_s
+from backend.brownout.step_model import StepModel
+from backend.config import EngineConfig
+from backend.engine.engine import Engine
+from backend.engine.request import Request, RequestEnded
+from backend.engine.sampling_params import SamplingParams
+from backend.engine.shedding import Pace, Waiting, late_requests
+from tests.controller.readings import load, measured_steps
+
+LIMIT_S = 1.0
+MODEL = StepModel()
+MODEL.learn(measured_steps())
+
+
+class TokenPace(Pace):
+    """10 ms a token, 50 ms a request ahead."""
+
+    def __init__(self) -> None:
+        pass
+
+    def first_token_s(self, tokens: int, ahead: int) -> float:
+        return max(0.01 * tokens, 0.05 * (ahead + 1))
+
+
+def refused(waiting: list[Waiting], started: int = 0) -> set[object]:
+    refusals = late_requests(TokenPace(), started, waiting, LIMIT_S)
+    assert len({refusal.request_id for refusal in refusals}) == len(refusals)
+    assert all(refusal.expected_s > LIMIT_S for refusal in refusals)
+    return {refusal.request_id for refusal in refusals}
+
+
+def test_a_queue_that_is_in_time_is_left_alone() -> None:
+    assert refused([Waiting(i, 0.0, 10) for i in range(10)]) == set()
+
+
+def test_the_newest_goes_first_among_equals() -> None:
+    assert refused([Waiting(i, 0.0, 30) for i in range(5)]) == {3, 4}
+
+
+def test_work_already_started_counts() -> None:
+    assert refused([Waiting(i, 0.0, 30) for i in range(3)], started=45) == {1, 2}
+
+
+def test_the_hopeless_go_whatever_they_are() -> None:
+    assert refused([Waiting("old", 0.95, 10, never=True), Waiting("huge", 0.0, 200), Waiting("ok", 0.5, 20)]) == {
+        "old",
+        "huge",
+    }
+
+
+def test_auto_goes_before_never_and_then_by_priority() -> None:
+    queue = [
+        Waiting("auto", 0.0, 40),
+        Waiting("urgent", 0.0, 40, priority=-1),
+        Waiting("never", 0.0, 40, never=True),
+    ]
+    assert refused(queue) == {"auto"}
+    assert refused([*queue, Waiting("second", 0.0, 40, never=True)]) == {"auto", "urgent"}
+
+
+waiting = st.lists(
+    st.builds(
+        Waiting,
+        request_id=st.uuids(),
+        age_s=st.floats(0, 1.2),
+        tokens=st.integers(1, 60),
+        never=st.booleans(),
+        priority=st.integers(-2, 2),
+    ),
+    max_size=25,
+)
+
+
+@given(waiting, st.integers(0, 50))
+def test_the_kept_are_in_time_and_no_lesser_request_is_kept_before_a_refused_one(
+    queue: list[Waiting], started: int
+) -> None:
+    gone = refused(queue, started)
+    tokens, kept = started, []
+    for request in queue:
+        if request.request_id not in gone:
+            tokens += request.tokens
+            assert request.age_s + TokenPace().first_token_s(tokens, len(kept)) <= LIMIT_S + 1e-9
+            kept.append(request)
+        elif request.age_s + TokenPace().first_token_s(started + request.tokens, 0) <= LIMIT_S:
+            rank = (request.never, -request.priority)
+            assert all((other.never, -other.priority) >= rank for other in kept)
+
+
+@given(st.integers(0, 80), st.integers(0, 3000), st.integers(0, 40), st.floats(0, 1))
+def test_the_pace_is_that_of_the_queue_model(running: int, tokens: int, ahead: int, theta: float) -> None:
+    engine = load(running=running, waiting=ahead + 1, waiting_tokens=tokens)
+    expected = float(first_token_s(MODEL, engine, max(tokens, 1), ahead, theta, theta))
+    assert (
+        abs(Pace(MODEL, engine, theta, theta).first_token_s(max(tokens, 1), ahead) - expected) <= 0.01 * expected + 1e-6
+    )
+
+
+def test_the_engine_refuses_once_with_a_hint_and_goes_on() -> None:
+    """One runs for 1000 tokens on average at 14 ms a step: whoever waits behind it waits for seconds."""
+    engine = Engine(EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=128, max_running=1))
+    engine.counters.mean_output_tokens = 1000.0
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    engine.add(Request("first", [1] * 20, params))
+    assert engine.shed(MODEL, LIMIT_S) == []
+    engine.step()
+    engine.add(Request("second", [2] * 20, params))
+    (event,) = engine.shed(MODEL, LIMIT_S)
+    assert isinstance(event, RequestEnded)
+    assert (event.request_id, event.outcome) == ("second", "rejected")
+    assert "more than 1 s (shed_ttft_s); retry in about" in event.message
+    assert engine.shed(MODEL, LIMIT_S) == []
+    assert engine.counters.requests_shed == 1
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert {event.request_id for event in events} == {"first"}
+    assert engine.blocks.num_in_use == 0

@@ -1,0 +1,244 @@
+"""The control plane and the controller against a real server with two engines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import tritonclient.grpc as grpc
+
+from backend.brownout import block as layout
+from backend.serving.launch_client import RunningServer, running_server
+from backend.serving.triton_server import PRODUCT_ROOT
+from controller.client import BrownoutClient, Held, Refused, Unreachable
+from tests.server.conftest import TINY
+from tests.server.observe import descendants, engine_processes, wait_until
+from tests.server.talk import HttpStream, ServerError, generate, get, grpc_infer, post, sampling
+
+pytestmark = pytest.mark.server
+
+TOKEN = "for-tests"
+SHED_TTFT_S = 3
+TWO_ENGINES = TINY | {
+    "MOE_LLM_DEVICE": "cpu,cpu:0",
+    "MOE_LLM_MAX_RUNNING": "2",
+    "MOE_LLM_SHED_TTFT_S": str(SHED_TTFT_S),
+    "BROWNOUT_CONTROL_TOKEN": TOKEN,
+}
+#: Needs no united experts, so that every checkpoint can follow.
+DIM = {"threshold_prefill": 0.5, "threshold_decode": 0.25, "mechanism": "drop"}
+LONG = {"text_input": "for long", "sampling_parameters": sampling(max_tokens=700)}
+
+
+@pytest.fixture(scope="module")
+def controlled() -> Iterator[RunningServer]:
+    with running_server(env=TWO_ENGINES, drain_timeout_s=1) as running:
+        yield running
+
+
+@pytest.fixture
+def plane(controlled: RunningServer) -> Iterator[BrownoutClient]:
+    client = BrownoutClient(controlled.grpc, TOKEN)
+    wait_until(lambda: owner_of(client) is None, 20, "free of leases")
+    yield client
+    client.close()
+
+
+def settings_of(client: BrownoutClient) -> dict:
+    return client.call()["settings"]
+
+
+def owner_of(client: BrownoutClient) -> str | None:
+    return settings_of(client)["owner"]
+
+
+def followed(client: BrownoutClient, version: int) -> bool:
+    """Whether every engine runs with this version."""
+    telemetry = client.call()["telemetry"]
+    return len(telemetry) == 2 and all(entry["settings_version"] == version for entry in telemetry)
+
+
+@contextlib.contextmanager
+def controller(server: RunningServer, *arguments: str, token: str = TOKEN) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-m", "controller", "--triton", server.grpc, "--ttft-slo", "0.5", "--itl-slo", "0.1"]
+    command += ["--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0", "--period", "0.1", *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=PRODUCT_ROOT,
+        env=os.environ | {"BROWNOUT_CONTROL_TOKEN": token},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_settings_reach_every_engine_between_two_steps_and_end_with_their_lease(
+    controlled: RunningServer, plane: BrownoutClient
+) -> None:
+    streams = [HttpStream(controlled, LONG) for _ in range(2)]
+    wait_until(lambda: all(e["requests_running"] for e in plane.call()["telemetry"]), 10, "busy on both engines")
+    version = plane.call(**DIM, owner="test", lease_s=0.5)["settings"]["version"]
+    wait_until(lambda: followed(plane, version), 5, "followed")
+    for entry in plane.call()["telemetry"]:
+        thetas = [tuple(step[3:]) for step in entry["steps"]]
+        assert set(thetas) <= {(1.0, 1.0), (0.5, 0.25)}
+        assert thetas == sorted(thetas, reverse=True)  # from one step on, and for good
+    wait_until(lambda: followed(plane, version + 1), 5, "back at the baseline")
+    assert settings_of(plane)["threshold_decode"] == 1.0
+    for stream in streams:
+        assert sum(1 for _ in stream) > 0
+        stream.close()
+
+
+def test_changes_need_the_token(controlled: RunningServer, plane: BrownoutClient) -> None:
+    stranger = BrownoutClient(controlled.grpc, "guessed")
+    with pytest.raises(Refused, match="the token is wrong"):
+        stranger.call(threshold_prefill=0.5)
+    assert settings_of(stranger)["threshold_prefill"] == 1.0
+    status, answer = post(controlled.http, "/v2/models/brownout/generate", {"threshold_prefill": 0.5})
+    assert status == 400
+    assert "the token is missing" in answer["error"]
+    with controller(controlled, token="guessed") as process:
+        assert process.wait(30) == 1
+        assert "the token is wrong" in process.stderr.read()
+
+
+def test_a_killed_controllers_settings_end_and_another_takes_over(
+    controlled: RunningServer, plane: BrownoutClient
+) -> None:
+    stream = HttpStream(controlled, LONG)
+    with controller(controlled, "--lease", "1") as process:
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        with pytest.raises(Held, match="held by 'sidecar' for another"):
+            plane.call(**DIM, owner="test")
+        process.kill()
+        wait_until(lambda: owner_of(plane) is None, 5, "ended")
+    assert plane.call(**DIM, owner="test", lease_s=5)["settings"]["owner"] == "test"
+    plane.call(owner="test", lease_s=0)
+    assert sum(response.get("text_output") is not None for response in stream) > 0
+    stream.close()
+
+
+def test_a_controller_hands_back_when_told_to_end(
+    controlled: RunningServer, plane: BrownoutClient, tmp_path: Path
+) -> None:
+    log = tmp_path / "events.jsonl"
+    with controller(controlled, "--lease", "60", "--log", str(log)) as process:
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert owner_of(plane) is None
+    modes = [json.loads(line)["mode"] for line in log.read_text().splitlines()]
+    assert modes[-1] == "control"
+
+
+def test_a_dry_run_changes_nothing(controlled: RunningServer, plane: BrownoutClient, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    version = settings_of(plane)["version"]
+    with controller(controlled, "--dry-run", "--log", str(log)):
+        wait_until(lambda: log.exists() and '"dry_run"' in log.read_text(), 20, "decided")
+    assert settings_of(plane)["version"] == version
+
+
+def test_far_too_many_requests_are_refused_early_and_each_ends_once(
+    controlled: RunningServer, plane: BrownoutClient
+) -> None:
+    """Two run at once on each engine: of a crowd, those are refused that would wait for longer than the limit."""
+    inputs = {"text_input": "crowd", "sampling_parameters": sampling(max_tokens=800)}
+
+    def ask(_: int) -> str:
+        try:
+            return f"{grpc_infer(controlled, inputs | {'return_num_output_tokens': True}).last['num_output_tokens']} tokens"
+        except ServerError as error:
+            assert error.code == "UNAVAILABLE"
+            return error.message
+
+    with ThreadPoolExecutor(60) as pool:
+        list(pool.map(ask, range(2)))  # so that the engines know their own speed
+        answers = list(pool.map(ask, range(60)))
+    served = answers.count("800 tokens")
+    refused = [answer for answer in answers if "overloaded" in answer]
+    assert served + len(refused) == 60, set(answers)
+    assert served >= 4
+    assert refused
+    assert all(f"more than {SHED_TTFT_S} s (shed_ttft_s); retry in about" in answer for answer in refused)
+    assert sum(entry["requests_shed"] for entry in plane.call()["telemetry"]) == len(refused)
+
+
+@pytest.mark.parametrize("fault", ["torn", "rubbish", "truncated", "removed"])
+def test_a_damaged_block_stops_nobody_and_is_mended(
+    controlled: RunningServer, plane: BrownoutClient, fault: str
+) -> None:
+    engines = {process.pid for process in engine_processes(controlled)}
+    path = Path(engine_processes(controlled)[0].environ()["BROWNOUT_BLOCK"])
+    plane.call(**DIM, owner="test", lease_s=30)
+    if fault == "torn":
+        with open(path, "r+b") as file:
+            file.seek(layout._SETTINGS_AT)
+            file.write((7).to_bytes(8, "little"))
+    elif fault == "rubbish":
+        with open(path, "r+b") as file:
+            file.write(os.urandom(200_000))
+    elif fault == "truncated":
+        os.truncate(path, 10)
+    else:
+        path.unlink()
+    assert generate(controlled, {"text_input": "Hi", "sampling_parameters": sampling(max_tokens=3)}).text
+    settings = settings_of(plane)
+    assert (settings["owner"], settings["threshold_decode"]) == ("test", 0.25)
+    version = plane.call(**DIM | {"threshold_decode": 0.5}, owner="test", lease_s=30)["settings"]["version"]
+    wait_until(lambda: followed(plane, version), 5, "followed again")
+    plane.call(owner="test", lease_s=0)
+    assert {process.pid for process in engine_processes(controlled)} == engines
+
+
+def test_the_baseline_is_changed_by_loading_the_model_with_another_configuration(
+    controlled: RunningServer, plane: BrownoutClient
+) -> None:
+    config = json.loads(get(controlled.http, "/v2/models/brownout/config")[1])
+
+    def load(threshold: str) -> None:
+        config["parameters"]["threshold_decode"] = {"string_value": threshold}
+        config["parameters"]["mechanism"] = {"string_value": "drop"}
+        with grpc.InferenceServerClient(controlled.grpc) as client:
+            client.load_model("brownout", config=json.dumps(config))
+
+    load("0.75")
+    settings = settings_of(plane)
+    assert settings["threshold_decode"] == settings["baseline"]["threshold_decode"] == 0.75
+    wait_until(lambda: followed(plane, settings["version"]), 5, "followed")
+    load("1.0")
+    assert settings_of(plane)["threshold_decode"] == 1.0
+
+
+def test_a_controller_goes_on_after_the_server_was_restarted(controlled: RunningServer, plane: BrownoutClient) -> None:
+    """The server dies under it, the launcher brings it back on the same ports."""
+    with controller(controlled, "--lease", "2") as process:
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        (triton,) = [p for p in descendants(controlled) if p.name() == "tritonserver"]
+        triton.kill()
+        psutil.wait_procs([triton], timeout=5)
+
+        def in_charge_again() -> bool:
+            try:
+                return owner_of(plane) == "sidecar"
+            except Unreachable:
+                return False
+
+        time.sleep(0.2)
+        wait_until(in_charge_again, 120, "in charge again")
+        assert process.poll() is None

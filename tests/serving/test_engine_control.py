@@ -1,0 +1,119 @@
+"""The engine's end of the block: settings act in the next step, telemetry counts what happened."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from backend.brownout.block import Block
+from backend.brownout.buckets import quantile
+from backend.brownout.control import Lease
+from backend.brownout.settings import Settings
+from backend.config import EngineConfig
+from backend.engine.engine import Engine
+from backend.engine.request import Request
+from backend.engine.sampling_params import SamplingParams
+from backend.errors import ConfigError
+from backend.serving.engine_control import EngineControl
+
+DIM = Settings(threshold_prefill=0.5, threshold_decode=0.25, mechanism="drop")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=128, max_running=2))
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> Block:
+    return Block(tmp_path / "block", os.getpid())
+
+
+def run(engine: Engine, control: EngineControl) -> None:
+    control.follow_settings()
+    engine.step()
+    control.stepped(0.01)
+    control._next_write_s = 0.0
+    control.publish()
+
+
+def add(engine: Engine, name: str, max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    engine.add(Request(name, [ord(name)] * 20, params))
+
+
+def test_settings_act_in_the_next_step_and_end_with_their_lease(engine: Engine, block: Block) -> None:
+    control = EngineControl(engine, block, 0, 1)
+    Lease.none(Settings(version=1)).granted(DIM, "me", 0.2, time.monotonic()).write(block)
+    add(engine, "a", 4)
+    run(engine, control)
+    assert engine.settings.threshold_prefill == 0.5
+    row = block.read_telemetry(0)
+    assert (row["settings_version"], row["threshold_decode"]) == (2, 0.25)
+    assert row["steps"][0]["threshold_prefill"] == 0.5
+    time.sleep(0.21)
+    run(engine, control)
+    assert engine.settings.threshold_prefill == 1.0
+    assert block.read_telemetry(0)["settings_version"] == 3
+    engine.abort("a")
+
+
+def test_settings_that_the_engine_cannot_follow_are_reported(
+    engine: Engine, block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = EngineControl(engine, block, 0, 1)
+    control.follow_settings()
+
+    def refuse(settings: Settings) -> None:
+        raise ConfigError("way 8 is not loaded")
+
+    Lease.none(Settings(version=1)).granted(Settings(way=8), "me", 0.2, time.monotonic()).write(block)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "set_settings", refuse)
+        run(engine, control)
+    assert block.read_telemetry(0)["settings_error"].decode() == "way 8 is not loaded"
+    time.sleep(0.21)
+    run(engine, control)
+    assert block.read_telemetry(0)["settings_error"] == b""
+
+
+def test_telemetry_counts_steps_requests_and_latencies(engine: Engine, block: Block) -> None:
+    control = EngineControl(engine, block, 5, 3)
+    before = engine.counters.requests
+    for name in "xyz":
+        add(engine, name, 3)
+    run(engine, control)
+    row = block.read_telemetry(5)
+    assert (row["pid"], row["generation"]) == (os.getpid(), 3)
+    assert row["requests"] - before == 3
+    # max_running is 2: two prompts of 20 tokens were computed, one waits
+    assert (row["requests_running"], row["requests_waiting"], row["waiting_tokens"]) == (2, 1, 20)
+    assert row["oldest_waiting_s"] > 0
+    assert (row["prefill_tokens"], row["decode_tokens"], row["num_steps"]) == (40, 0, 1)
+    assert row["num_layers"] > 0
+    assert (row["active_slots"][: row["num_layers"]] > 0).all()
+    while engine.has_work:
+        run(engine, control)
+    control.served([0.5], [(0.3, 3)])
+    control._next_write_s = 0.0
+    control.publish()
+    row = block.read_telemetry(5)
+    assert (row["requests_running"], row["requests_waiting"], row["kv_usage_ratio"]) == (0, 0, 0)
+    assert row["decode_tokens"] == 6
+    assert row["mean_output_tokens"] == 3
+    assert row["prefill_step_counts"].sum() == 2
+    assert quantile(row["decode_step_counts"], 0.5) == pytest.approx(0.01, rel=0.05)
+    assert quantile(row["ttft_counts"], 0.9) == pytest.approx(0.5, rel=0.05)
+    assert row["itl_counts"].sum() == 3
+    assert quantile(row["itl_counts"], 0.9) == pytest.approx(0.1, rel=0.05)
+    assert row["max_gap_s"] == 0.3
+
+
+def test_a_restarted_engine_is_told_from_the_one_before(engine: Engine, block: Block) -> None:
+    for generation in (1, 2):
+        control = EngineControl(engine, block, 0, generation)
+        control.publish()
+        assert block.read_telemetry(0)["generation"] == generation

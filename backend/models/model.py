@@ -48,7 +48,9 @@ class DecoderLayer:
         if self.mlp is not None:
             yield from self.mlp.weights(f"{prefix}.mlp")
 
-    def feed_forward(self, x: Tensor, token_class: Tensor, replaced: Tensor, num_tokens: Tensor | None) -> Tensor:
+    def feed_forward(
+        self, x: Tensor, token_class: Tensor, replaced: Tensor | None = None, num_tokens: Tensor | None = None
+    ) -> Tensor:
         if self.moe is not None:
             return self.moe(x, token_class, replaced, num_tokens)
         assert self.mlp is not None

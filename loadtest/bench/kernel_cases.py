@@ -132,6 +132,7 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
         yield Case("add_rms_norm", f"{n} rows", make.add_norm(n), lambda out, args: [out, args[1]])
         yield Case("apply_rope", f"{n} rows", make.rope(n), lambda _, args: [args[0]])
         yield Case("store_kv", f"{n} rows", make.store(n), lambda _, args: [args[2], args[3]])
+        yield Case("rotate_and_store", f"{n} rows", make.rotate_and_store(n), _rotated)
         yield Case("route", f"{n} rows", make.route(n))
         yield Case("router_scores", f"{n} rows", make.route(n), bind=lambda scores: lambda *args: scores(*args[:3]))
         yield Case("remap_experts", f"{n} rows", make.remap(n), _served)
@@ -153,6 +154,12 @@ def _is_half(value: object) -> bool:
 
 def _tensors(returned: object) -> list[Tensor]:
     return list(returned) if isinstance(returned, tuple) else [returned]  # type: ignore[list-item]
+
+
+def _rotated(_: object, args: Arguments) -> list[Tensor]:
+    """Query heads and both caches; what key and value heads hold afterwards is not defined."""
+    heads, _cos, _sin, k_cache, v_cache, _slots = args
+    return [heads[:, : heads.shape[1] - 2 * k_cache.shape[2]], k_cache, v_cache]
 
 
 def _served(returned: tuple[Tensor, Tensor], _: Arguments) -> list[Tensor]:
@@ -255,6 +262,16 @@ class _Maker:
             ]
             slots = torch.randperm(blocks * BLOCK_SIZE, generator=g, device=self.device)[:rows]
             return k, v, *caches, slots
+
+        return build
+
+    def rotate_and_store(self, rows: int) -> Callable[[torch.Generator], Arguments]:
+        c = self.config
+
+        def build(g: torch.Generator) -> Arguments:
+            _, cos, sin = self.rope(rows)(g)
+            _, _, *caches, slots = self.store(rows)(g)
+            return self._normal(g, rows, c.num_heads + 2 * c.num_kv_heads, c.head_dim), cos, sin, *caches, slots
 
         return build
 

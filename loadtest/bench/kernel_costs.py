@@ -86,6 +86,17 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: T
     return Cost(read + k.numel() * k_cache.element_size() + v.numel() * v_cache.element_size() + kv_slots.nbytes)
 
 
+def rotate_and_store(
+    heads: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor
+) -> Cost:
+    """All heads are read; query heads and both caches' rows are written."""
+    row, kv_heads = heads.shape[2] * heads.element_size(), k_cache.shape[2]
+    rows, all_heads = heads.shape[:2]
+    moved = rows * row * (2 * all_heads - 2 * kv_heads) + 2 * rows * kv_heads * heads.shape[2] * k_cache.element_size()
+    rotated = rows * (all_heads - kv_heads) * heads.shape[2]
+    return Cost(moved + cos.nbytes + sin.nbytes + kv_slots.nbytes, 3 * rotated)
+
+
 def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, renormalize: bool) -> Cost:
     """The router's product; the output is an int64 expert and a float32 weight per assignment."""
     del bias, renormalize

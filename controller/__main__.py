@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from backend.brownout.levels import Level, read_levels
+from backend.brownout.profile import Level, read_profile
 from backend.brownout.step_model import StepModel
 from backend.errors import ConfigError
 from controller import stepmodel
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _replay(config: ControllerConfig, path: Path) -> int:
-    levels = read_levels(config.profile) if config.profile else ()
+    levels = read_profile(config.profile).levels if config.profile else ()
     law, _ = make_law(config, levels, _saved_model(config))
     summary = replay(read_events(path), law, config.stale_after_s, sys.stdout)
     print(f"controller: {json.dumps(summary)}", file=sys.stderr)
@@ -110,7 +110,7 @@ def _levels(
     if config.max_quality_loss is None:
         return ()
     if config.profile is not None:
-        return read_levels(config.profile)
+        return read_profile(config.profile).levels
     while not stop.is_set():
         try:
             levels = client.call()["available"]["levels"]

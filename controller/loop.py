@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from backend.brownout.levels import Level, deepest_within
+from backend.brownout.profile import Level, deepest_within
 from backend.brownout.step_model import StepModel
 from backend.errors import ConfigError
 from controller.client import Held, Plane, Unreachable

@@ -32,10 +32,11 @@ from backend.brownout.builder import (
 from backend.brownout.calibration_text import read_calibration
 from backend.brownout.distill import DistillOptions
 from backend.brownout.end_to_end import EndToEndOptions, end_to_end_bytes, train_end_to_end
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.grouping import GROUPINGS
 from backend.brownout.similarity_file import FILE_NAME as SIMILARITY_FILE
 from backend.brownout.similarity_file import write_similarity
-from backend.brownout.united_file import checkpoint_fingerprint, write_united
+from backend.brownout.united_file import write_united
 from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
 from backend.models import load_model

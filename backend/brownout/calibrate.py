@@ -27,11 +27,11 @@ from backend.brownout.evaluate import (
     open_engine,
     write_points,
 )
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.profile import Level, Profile, write_profile
 from backend.brownout.settings import Available, Settings
 from backend.brownout.step_time import step_times
-from backend.brownout.united_file import checkpoint_fingerprint
 from backend.engine.llm import LLM
 from backend.errors import ConfigError
 

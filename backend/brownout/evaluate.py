@@ -24,9 +24,9 @@ from rich.table import Table
 
 from backend.brownout import measure
 from backend.brownout.calibration_text import read_calibration
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.settings import Settings
-from backend.brownout.united_file import checkpoint_fingerprint
 from backend.engine.llm import LLM
 from backend.errors import ConfigError
 

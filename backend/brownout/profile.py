@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from backend.brownout.settings import Settings
 from backend.errors import ConfigError
 
 FORMAT = 1
+PROFILE_NAME = "brownout-profile.json"
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,11 @@ class Profile:
     measure: str
     levels: tuple[Level, ...]
 
-    def level(self, number: int) -> Level:
-        """Raises ConfigError naming the levels there are."""
-        if not 0 <= number < len(self.levels):
-            raise ConfigError(f"level must be from 0 to {len(self.levels) - 1}, got {number}")
-        return self.levels[number]
 
-    def deepest(self, max_quality_loss: float) -> int:
-        """The highest level that loses at most `max_quality_loss` percent."""
-        return max(i for i, level in enumerate(self.levels) if i == 0 or level.loss_percent <= max_quality_loss)
-
-    def loss_of(self, settings: Settings) -> float | None:
-        """A bound on the loss of any settings in percent: that of the least dimmed level which dims at least as much by the
-        same mechanism and way. None if there is no such level."""
-        if not settings.dims:
-            return 0.0
-        losses = [
-            level.loss_percent
-            for level in self.levels
-            if (level.mechanism, level.way) == (settings.mechanism, settings.way)
-            and level.threshold_prefill <= settings.threshold_prefill
-            and level.threshold_decode <= settings.threshold_decode
-        ]
-        return min(losses, default=None)
+def deepest_within(levels: Sequence[Level], max_loss_percent: float) -> Level | None:
+    """The fastest level that loses no more than that; None if even the first loses more."""
+    allowed = [level for level in levels if level.loss_percent <= max_loss_percent]
+    return min(allowed, key=lambda level: level.relative_step_time, default=None)
 
 
 def write_profile(path: Path, profile: Profile) -> None:

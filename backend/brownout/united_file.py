@@ -8,7 +8,6 @@ Tensors, for every MoE layer l of the model, with E experts, G groups, I and M t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,6 @@ from torch import Tensor
 from backend.errors import ConfigError
 
 FORMAT = 1
-#: Bytes read from both ends of every weight file for the fingerprint: headers, and enough weights to tell models apart.
-_SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,25 +42,6 @@ class UnitedExperts:
     layers: dict[int, UnitedLayer]
     #: What the builder says of each layer, for example {"0": {"relative_error": 0.12}}.
     report: dict[str, Any] = field(default_factory=dict)
-
-
-def checkpoint_fingerprint(folder: Path) -> str:
-    """Hex digest of a checkpoint's configuration and of samples of its weight files; raises ConfigError if there are none."""
-    digest = hashlib.sha256()
-    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
-    if len(files) < 2:
-        raise ConfigError(f"checkpoint {folder} has no model*.safetensors")
-    try:
-        for path in files:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(file.read())
-    except OSError as error:
-        raise ConfigError(f"checkpoint file {error.filename} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:32]
 
 
 def write_united(path: Path, united: UnitedExperts) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backend.brownout.united_file import checkpoint_fingerprint
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.demo.prompts import make_prompts
 from backend.elastic.predictor import LoadPredictor
 from backend.elastic.routing import RoutingPool

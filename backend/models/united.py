@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.similarity_file import FILE_NAME, read_similarity
-from backend.brownout.united_file import UnitedExperts, checkpoint_fingerprint, read_united
+from backend.brownout.united_file import UnitedExperts, read_united
 from backend.errors import ConfigError
 from backend.models.config import ModelConfig
 from backend.models.model import MoeModel

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ import numpy as np
 from backend.brownout.block import MAX_ENGINES, Block, BlockEmpty, BlockError, block_path
 from backend.brownout.buckets import FIRST_S, NUM_BUCKETS, RATIO
 from backend.brownout.control import Lease
-from backend.brownout.levels import PROFILE_NAME, Level, read_levels
+from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.profile import PROFILE_NAME, Level, read_profile
 from backend.brownout.settings import MECHANISMS, Available, Settings
 from backend.config import EngineConfig
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
@@ -81,6 +82,8 @@ def parse_values(parameters: Mapping[str, object], levels: Sequence[Level]) -> d
         level = levels[index]
         for name in ("threshold_prefill", "threshold_decode", "mechanism", "way"):
             values[name] = getattr(level, name)
+        if level.mechanism == "reroute":
+            values.setdefault("similarity_min", level.similarity_min)
     return values
 
 
@@ -211,7 +214,7 @@ def _values(settings: Settings) -> dict[str, object]:
 
 
 def _level(index: int, level: Level) -> dict[str, object]:
-    return {"level": index, **{name: getattr(level, name) for name in level.__struct_fields__}}
+    return {"level": index, **asdict(level)}
 
 
 def _engine(index: int, section: np.void) -> dict[str, object]:
@@ -279,10 +282,11 @@ def baseline_settings(parameters: Mapping[str, str], levels: Sequence[Level]) ->
 
 def profile_levels(config: EngineConfig) -> tuple[Level, ...]:
     """The levels of the engines' profile: the parameter's file, else the checkpoint's own if it has one."""
-    if config.profile:
-        return read_levels(Path(config.profile))
-    beside = Path(config.checkpoint) / PROFILE_NAME
-    return read_levels(beside) if beside.is_file() else ()
+    folder = Path(config.checkpoint)
+    path = Path(config.profile) if config.profile else folder / PROFILE_NAME
+    if not config.profile and not path.is_file():
+        return ()
+    return read_profile(path, checkpoint_fingerprint(folder) if folder.is_dir() else None).levels
 
 
 class BrownoutModel:

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from backend.brownout.united_file import UnitedExperts, UnitedLayer, checkpoint_fingerprint, write_united
+from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.united_file import UnitedExperts, UnitedLayer, write_united
 from backend.models import load_model
 from backend.models.dummy import raw_config
 

@@ -15,8 +15,9 @@ from backend.brownout.build import main
 from backend.brownout.builder import BuildOptions, build_united, check_input, check_memory, needed_bytes
 from backend.brownout.calibration_text import read_calibration
 from backend.brownout.distill import DistillOptions, make_pairs
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.grouping import expert_output
-from backend.brownout.united_file import checkpoint_fingerprint, read_united
+from backend.brownout.united_file import read_united
 from backend.errors import ConfigError
 from backend.models import load_model
 from tests.models.harness import Runner

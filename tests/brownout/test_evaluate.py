@@ -13,10 +13,10 @@ from backend.brownout.calibrate import front
 from backend.brownout.calibrate import main as calibrate
 from backend.brownout.evaluate import Measures, evaluate
 from backend.brownout.evaluate import main as evaluate_command
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.points import describe, parse_points
 from backend.brownout.profile import Level, read_profile
 from backend.brownout.settings import Settings
-from backend.brownout.united_file import checkpoint_fingerprint
 from backend.engine.llm import LLM
 from backend.errors import ConfigError
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from backend.brownout.profile import Level, Profile, read_profile, write_profile
+from backend.brownout.profile import Level, Profile, deepest_within, read_profile, write_profile
 from backend.brownout.settings import Settings
 from backend.errors import ConfigError
 
@@ -27,14 +27,10 @@ def test_what_is_written_is_read_back(tmp_path):
     assert LEVELS[3].settings(7) == Settings(7, 0.5, 0.5, "reroute", similarity_min=0.4)
 
 
-def test_a_budget_bounds_the_level_and_levels_bound_the_loss():
-    assert [PROFILE.deepest(budget) for budget in (0, 1.4, 1.5, 5, 100)] == [0, 0, 1, 2, 3]
-    with pytest.raises(ConfigError, match="level must be from 0 to 3, got 4"):
-        PROFILE.level(4)
-    assert PROFILE.loss_of(Settings()) == 0.0
-    assert PROFILE.loss_of(Settings(threshold_prefill=0.7, threshold_decode=0.9, way=8)) == 1.5
-    assert PROFILE.loss_of(Settings(threshold_prefill=0.7, threshold_decode=0.5, way=8)) == 4.0
-    assert PROFILE.loss_of(Settings(threshold_decode=0.1, way=8)) is None
+def test_a_budget_bounds_the_level():
+    found = [deepest_within(LEVELS, budget) for budget in (0, 1.4, 1.5, 5, 100)]
+    assert found == [FULL, FULL, LEVELS[1], LEVELS[2], LEVELS[3]]
+    assert deepest_within(LEVELS[1:], 1.4) is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from backend.brownout.united_file import UnitedExperts, UnitedLayer, checkpoint_fingerprint, read_united, write_united
+from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.united_file import UnitedExperts, UnitedLayer, read_united, write_united
 from backend.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.brownout.levels import Level
+from backend.brownout.profile import Level
 from backend.errors import ConfigError
 from controller.client import Refused
 from controller.config import ControllerConfig
@@ -21,10 +21,10 @@ from controller.replay import replay
 from tests.controller.fake_plane import FakePlane
 
 LEVELS = (
-    Level("united", 0, 1.0, 1.0, 0.0, 1.0),
-    Level("united", 8, 0.6, 0.5, 2.0, 0.8),
-    Level("drop", 0, 0.7, 0.7, 3.0, 0.9),
-    Level("united", 8, 0.2, 0.1, 9.0, 0.5),
+    Level("united", 0, 1.0, 1.0, 0.0, 20, 3, 1.0),
+    Level("united", 8, 0.6, 0.5, 2.0, 20, 3, 0.8),
+    Level("drop", 0, 0.7, 0.7, 3.0, 20, 3, 0.9),
+    Level("united", 8, 0.2, 0.1, 9.0, 20, 3, 0.5),
 )
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.similarity_file import read_similarity, write_similarity
-from backend.brownout.united_file import UnitedExperts, UnitedLayer, checkpoint_fingerprint, write_united
+from backend.brownout.united_file import UnitedExperts, UnitedLayer, write_united
 from backend.errors import ConfigError
 from backend.models import MoeModel, load_model
 from tests.models.tiny_checkpoints import make_checkpoint

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from backend.brownout import block as layout
 from backend.brownout.block import TELEMETRY, Block
 from backend.brownout.control import Lease
-from backend.brownout.levels import Level, deepest_within, read_levels
+from backend.brownout.profile import Level
 from backend.brownout.settings import Settings
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.control_adapter import KEYS, ControlPlane, baseline_settings, parse_change
 
-LEVELS = (Level("united", 0, 1.0, 1.0, 0.0, 1.0), Level("united", 4, 0.5, 0.25, 3.0, 0.7))
+LEVELS = (Level("united", 0, 1.0, 1.0, 0.0, 50, 4, 1.0), Level("united", 4, 0.5, 0.25, 3.0, 20, 3, 0.7))
 
 
 @pytest.fixture
@@ -151,23 +151,3 @@ def test_the_baseline_comes_from_the_models_parameters() -> None:
         baseline_settings({"threshold_prefill": "2"}, ())
     with pytest.raises(ConfigError, match="unknown parameter 'treshold'"):
         baseline_settings({"treshold": "2"}, ())
-
-
-def test_levels_are_read_from_a_profile(tmp_path: Path) -> None:
-    file = tmp_path / "brownout-profile.json"
-    entries = [{name: getattr(level, name) for name in level.__struct_fields__} for level in LEVELS]
-    file.write_text(json.dumps({"checkpoint": "x", "levels": [{**entry, "active_slots": 3} for entry in entries]}))
-    assert read_levels(file) == LEVELS
-    assert deepest_within(LEVELS, 3.0) == LEVELS[1]
-    assert deepest_within(LEVELS, 2.9) == LEVELS[0]
-    for broken, complaint in (
-        ({"levels": entries[::-1]}, "non-decreasing"),
-        ({"levels": []}, "needs levels"),
-        ({"levels": [{"way": 2}]}, "missing required field"),
-        ({"levels": [entries[0] | {"threshold_prefill": 3.0}]}, "threshold_prefill must be between"),
-    ):
-        file.write_text(json.dumps(broken))
-        with pytest.raises(ConfigError, match=complaint):
-            read_levels(file)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_levels(tmp_path / "none")

@@ -63,8 +63,9 @@ async def send_all(clients: Clients, prompts: list[DemoPrompt], console: Console
 
 
 def examples(prompts: list[DemoPrompt], each: int = 2) -> list[DemoPrompt]:
-    """The first few prompts of every form: free answers, letters, chat."""
-    return [p for form in ("free", "letter", "chat") for p in [q for q in prompts if q.form == form][:each]]
+    """The first few prompts of every form: free answers, letters, questions in chat."""
+    asked = [p for p in prompts if p.form != "chat" or p.question.endswith("?")]
+    return [p for form in ("free", "letter", "chat") for p in [q for q in asked if q.form == form][:each]]
 
 
 def right_answers(prompts: list[DemoPrompt], records: list[RequestRecord]) -> tuple[int, int]:

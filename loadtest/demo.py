@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     prompts = (shipped * -(-args.requests // len(shipped)))[: args.requests]
     started = time.monotonic()
-    console.print("Starting Triton Inference Server with the models moe_llm and moe_llm_infer …")
+    console.print("Starting Triton Inference Server with this repository's models …")
 
     async def ask(http: str, grpc: str) -> tuple[list[RequestRecord], list[RequestRecord]]:
         async with Clients(http, grpc) as clients:

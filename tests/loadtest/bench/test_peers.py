@@ -23,7 +23,7 @@ VLLM = """
         def __init__(self, **options):
             assert options["enable_prefix_caching"] is False and options["skip_tokenizer_init"]
             assert options["dtype"] == "float32" and options["max_model_len"] == 8 and options["max_num_seqs"] == 2
-            assert os.environ["VLLM_CPU_KVCACHE_SPACE"] and os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+            assert os.environ["VLLM_CPU_KVCACHE_SPACE"] and os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
             print("INFO engine is up", flush=True)  # on standard output, as vLLM does
         def generate(self, prompts, params, use_tqdm):
             assert params.options["temperature"] == 0.0 and params.options["ignore_eos"]

@@ -15,12 +15,13 @@ from backend.errors import ConfigError
 
 ENV_PREFIX = "MOE_LLM_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPERT_DTYPES = ("auto", "fp8")
 #: The checkpoint that ships, and the name that stands for it.
 DEMO = "demo"
 DEMO_CHECKPOINT = Path(__file__).resolve().parent / "demo" / "checkpoint"
 #: Checked against device, block size and what is installed when the model loads: `backend.kernels.check_attention`.
 ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "torch")
-CUDA_GRAPHS = ("auto", "on", "off")
+SWITCH = ("auto", "on", "off")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -41,6 +42,9 @@ class EngineConfig:
     #: sequences of max_model_len need, at most 1 GiB on a CPU and 85 % of the free memory on a GPU.
     kv_cache_memory: int | None = None
     kv_cache_blocks: int | None = None
+    #: Type in which weights of experts are stored: `auto` (dtype) or `fp8` (e4m3 with a factor for each output row, a GPU from
+    #: compute capability 8.9 on; made when they are loaded).
+    expert_dtype: str = "auto"
     #: Tokens per KV block.
     block_size: int = 16
     #: Prompt and generated tokens of one sequence; default: the checkpoint's limit.
@@ -68,6 +72,8 @@ class EngineConfig:
     attention_backend: str = "auto"
     #: Replay decode steps as CUDA graphs: `auto` (on a GPU), `on`, `off`.
     cuda_graphs: str = "auto"
+    #: Launch the next decode step while one runs: `auto` (on a GPU), `on`, `off`.
+    async_scheduling: str = "auto"
     #: Seconds a shutdown waits for running requests before it aborts them.
     drain_timeout_s: float = 5.0
     #: Threads of the engine's CPU kernels; default: torch's own choice.
@@ -89,7 +95,9 @@ class EngineConfig:
         check(
             self.attention_backend in ATTENTION_BACKENDS, "attention_backend", "one of " + ", ".join(ATTENTION_BACKENDS)
         )
-        check(self.cuda_graphs in CUDA_GRAPHS, "cuda_graphs", "one of " + ", ".join(CUDA_GRAPHS))
+        check(self.cuda_graphs in SWITCH, "cuda_graphs", "one of " + ", ".join(SWITCH))
+        check(self.expert_dtype in EXPERT_DTYPES, "expert_dtype", "one of " + ", ".join(EXPERT_DTYPES))
+        check(self.async_scheduling in SWITCH, "async_scheduling", "one of " + ", ".join(SWITCH))
         for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting", "widen_experts"):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):

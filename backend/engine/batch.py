@@ -7,17 +7,21 @@ from array import array
 import numpy as np
 import torch
 
+from backend.engine.host_copy import to_device
 from backend.engine.request import NEVER
 from backend.engine.scheduler import Schedule
 from backend.models.forward_batch import ForwardBatch
 
 
-def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> ForwardBatch:
+def build_batch(
+    schedule: Schedule, block_size: int, device: torch.device, previous: torch.Tensor | None = None
+) -> ForwardBatch:
     """Lay the scheduled tokens end to end; see ForwardBatch for shapes.
 
-    Logits are wanted for the last token of each sequence whose known tokens are all computed by this step.
+    Logits are wanted for the last token of each sequence whose known tokens are all computed by this step. A schedule made
+    ahead takes its input from `previous` [R] int64, the tokens that the step before it chose, on the device.
     """
-    sequences, num_tokens = schedule.sequences, schedule.num_tokens
+    sequences, num_tokens, ahead = schedule.sequences, schedule.num_tokens, schedule.previous_rows
     num_decodes = schedule.num_decodes
     counts = np.array(num_tokens)
     starts = np.array([sequence.num_computed for sequence in sequences])
@@ -25,9 +29,12 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
     np.cumsum(counts, out=query_start[1:])
     context_lens = starts + counts
 
-    token_ids = [sequence.tokens[sequence.num_computed] for sequence in sequences[:num_decodes]]
-    for sequence, count in zip(sequences[num_decodes:], num_tokens[num_decodes:], strict=True):
-        token_ids += sequence.tokens[sequence.num_computed : sequence.num_computed + count]
+    if ahead is not None:
+        token_ids = ahead  # where they will be
+    else:
+        token_ids = [sequence.tokens[sequence.num_computed] for sequence in sequences[:num_decodes]]
+        for sequence, count in zip(sequences[num_decodes:], num_tokens[num_decodes:], strict=True):
+            token_ids += sequence.tokens[sequence.num_computed : sequence.num_computed + count]
 
     # All tables end to end, then each to the beginning of its row.
     lengths = np.array([len(sequence.blocks) for sequence in sequences])
@@ -47,21 +54,32 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
     never = [i for i, sequence in enumerate(sequences) if sequence.never_browned]
     if never:
         classes[never] += NEVER
-    known = np.array([len(sequence.tokens) for sequence in sequences])
+    known = np.array([len(sequence.tokens) + (ahead is not None) for sequence in sequences])
     logit_rows = query_start[1:][context_lens == known] - 1
 
-    def on_device(values: object, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
+    def as_type(values: object, dtype: type[np.generic]) -> np.ndarray:
+        return np.ascontiguousarray(values, dtype)
 
+    ids, *tensors = to_device(
+        [
+            as_type(token_ids, np.int64),
+            as_type(positions, np.int64),
+            as_type(kv_slots, np.int64),
+            query_start,
+            as_type(context_lens, np.int32),
+            block_tables,
+            as_type(logit_rows, np.int64),
+            classes[rows],
+        ],
+        device,
+    )
+    if ahead is not None:
+        assert previous is not None
+        # Of a row that went wrong there is no token (-1), and nobody will look at what follows it.
+        ids = previous.index_select(0, ids).clamp_(min=0)
     return ForwardBatch(
-        token_ids=on_device(np.array(token_ids), torch.int64),
-        positions=on_device(positions, torch.int64),
-        kv_slots=on_device(kv_slots, torch.int64),
-        query_start=on_device(query_start, torch.int32),
-        context_lens=on_device(context_lens, torch.int32),
-        block_tables=on_device(block_tables, torch.int32),
-        logit_rows=on_device(logit_rows, torch.int64),
-        token_class=on_device(classes[rows], torch.int8),
+        ids,
+        *tensors,
         num_decodes=num_decodes,
         query_lens=num_tokens,
         context_lens_host=context_lens.tolist(),

@@ -37,27 +37,35 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """torch.cuda.CUDAGraph, all in one memory pool: only one is replayed at a time."""
+    """torch.cuda.CUDAGraph whose memory comes from `pool` and that is captured on `stream`."""
 
-    _pool: tuple[int, int] | None = None
-
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+    def __init__(self, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+        self._graph, self._pool, self._stream = torch.cuda.CUDAGraph(), pool, stream
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        # A run beforehand compiles kernels and lets libraries take their workspaces, which a capture must not do.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # A run beforehand compiles kernels and lets libraries take their workspaces (they have one for each stream), which a
+        # capture must not do.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             function()
-        torch.cuda.current_stream().wait_stream(stream)
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self._graph, pool=CudaGraph._pool):
+        torch.cuda.current_stream().wait_stream(self._stream)
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.graph(
+            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             return function()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def cuda_graphs() -> Callable[[], Graph]:
+    """Makes graphs that share one memory pool: only one of them is replayed at a time.
+
+    The pool goes with the last graph, so each set of graphs needs one of its own.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    return lambda: CudaGraph(pool, stream)
 
 
 class DecodeGraphs:
@@ -65,8 +73,9 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], Tensor],
+        forward: Callable[[ForwardBatch, Tensor], Tensor],
         *,
+        vocab_size: int,
         max_rows: int,
         max_blocks: int,
         block_size: int,
@@ -74,11 +83,11 @@ class DecodeGraphs:
         device: torch.device,
         record: Callable[[], list[Tensor]],
         set_record: Callable[[Sequence[Tensor]], None],
-        new_graph: Callable[[], Graph] = CudaGraph,
+        new_graph: Callable[[], Graph],
     ) -> None:
         """
         Args:
-            forward: One step; logits [R, V].
+            forward: One step; writes logits to the given [R, V] float32 and returns them.
             max_blocks: Blocks of the longest sequence.
             spare_block: A block of the KV cache that no sequence ever has.
             record: Tensors with one row per token that `forward` leaves behind for telemetry; `set_record` puts them back.
@@ -98,6 +107,8 @@ class DecodeGraphs:
         self._block_tables = buffer(torch.int32, max_rows, max_blocks)
         self._token_class = buffer(torch.int8, max_rows)
         self._num_tokens = buffer(torch.int32)
+        #: All graphs write their logits here: each of its own would take gigabytes with a large vocabulary.
+        self._logits = buffer(torch.float32, max_rows, vocab_size)
         self._rows = torch.arange(max_rows + 1, device=device)
         self._starts = self._rows.int()
 
@@ -130,7 +141,7 @@ class DecodeGraphs:
         key = (bucket, variant)
         if key not in self._captured:
             graph, batch = self._new_graph(), self._batch(bucket)
-            logits = graph.capture(lambda: self._forward(batch))
+            logits = graph.capture(lambda: self._forward(batch, self._logits[:bucket]))
             self._captured[key] = graph, logits, self._record()
         return self._captured[key]
 

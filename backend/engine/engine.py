@@ -1,4 +1,4 @@
-"""The engine: schedule, run, sample, emit.
+"""The engine: schedule, run, sample, emit. On a GPU the next step is scheduled and launched while one runs.
 
     engine = Engine(EngineConfig(checkpoint="dummy:cpu-s"))
     engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=8)))
@@ -15,17 +15,20 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
 from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
 from backend.engine.block_manager import BlockManager
+from backend.engine.host_copy import HostCopy
 from backend.engine.lazy_heap import LazyHeap
-from backend.engine.model_runner import ModelRunner
+from backend.engine.model_runner import ModelRunner, resolve_async_scheduling
 from backend.engine.penalties import SampleRow
 from backend.engine.prompt import check_prompt
 from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
-from backend.engine.sampler import Sampled, sample
+from backend.engine.sampler import Sampled, Sampling
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import InvalidRequestError, UnavailableError
@@ -71,6 +74,19 @@ class EngineCounters:
     step_decode_tokens: int = 0
 
 
+@dataclass
+class _Step:
+    """A step that has been launched, and what is to be read of it when the device has done it."""
+
+    schedule: Schedule
+    #: Sequences that get a token, in the order of the tokens, and the tokens; None if there are none.
+    ready: list[Sequence]
+    sampling: Sampling | None
+    #: For each token class whether experts were replaced, and the tokens' replaced assignments if some were.
+    browned: tuple[bool, ...]
+    replaced: HostCopy | None
+
+
 class Engine:
     """Continuous batching over one model. Not thread-safe: one thread calls everything.
 
@@ -97,6 +113,9 @@ class Engine:
         self._deadlines = LazyHeap()
         self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._num_steps = 0
+        #: Whether a step is launched before the tokens of the one before it are known.
+        self.overlap = resolve_async_scheduling(config.async_scheduling, self.runner.device)
+        self._ahead: _Step | None = None
 
     @property
     def has_work(self) -> bool:
@@ -212,17 +231,60 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute one batch and return what happened. Without work that can run, returns only expired requests."""
         events: list[Event] = self._expire()
-        schedule = self.scheduler.schedule()
+        step, self._ahead = self._ahead, None
+        if step is None or all(sequence.finished for sequence in step.schedule.sequences):
+            step = self._begin()
+        schedule = Schedule() if step is None else step.schedule
         self.counters.step_decode_tokens = schedule.num_decodes
         self.counters.step_prefill_tokens = sum(schedule.num_tokens) - schedule.num_decodes
-        if schedule:
-            logits = self.runner.run(schedule)
-            ready = self._book(schedule)
-            sampled = sample(logits, [self._sample_row(sequence) for sequence in ready]) if ready else []
-            for sequence, token in zip(ready, sampled, strict=True):
-                events.append(self._emit(sequence, token))
+        if step is not None:
+            ahead = self._launch_ahead(step)
+            self._finish(step, events)
+            if ahead is not None:
+                self._book(ahead)
+                self._ahead = ahead
             self._num_steps += 1
         return events
+
+    def _begin(self) -> _Step | None:
+        """Schedule and launch a step when all tokens so far are known."""
+        schedule = self.scheduler.schedule()
+        if not schedule:
+            return None
+        step = self._launch(schedule, self.runner.run(schedule))
+        self._book(step)
+        return step
+
+    def _launch_ahead(self, step: _Step) -> _Step | None:
+        """Launch the step after `step`, which is booked and may still run; None if its tokens must be known for that.
+
+        A sequence that ends with a token that nobody foresaw has a row too many in the step ahead, which is left out when
+        that one is finished. Its keys and values go to blocks that may have been handed out again, but before anything that
+        is launched later writes there.
+        """
+        if not self.overlap or step.sampling is None or any(_reads_output(s.request.params) for s in step.ready):
+            return None
+        schedule = self.scheduler.schedule_ahead(step.ready, self._ends_by_length)
+        if schedule is None:
+            return None
+        return self._launch(schedule, self.runner.run(schedule, step.sampling.tokens))
+
+    def _launch(self, schedule: Schedule, logits: Tensor) -> _Step:
+        """Go on with the logits of a step: begin to choose its tokens."""
+        ahead = schedule.previous_rows is not None
+        pairs = zip(schedule.sequences, schedule.num_tokens, strict=True)
+        ready = [s for s, count in pairs if s.num_computed + count == len(s.tokens) + ahead]
+        sampling = Sampling(logits, [self._sample_row(sequence, ahead) for sequence in ready]) if ready else None
+        browned = self.runner.browned_classes
+        return _Step(schedule, ready, sampling, browned, self.runner.copy_replaced() if any(browned) else None)
+
+    def _finish(self, step: _Step, events: list[Event]) -> None:
+        """Wait for a step's tokens and say what they lead to."""
+        results = step.sampling.results() if step.sampling is not None else []
+        self._count_replaced(step)
+        for sequence, sampled in zip(step.ready, results, strict=True):
+            if not sequence.finished:
+                events.append(self._emit(sequence, sampled))
 
     def stats(self) -> EngineStats:
         """For occasional telemetry: it reads the device."""
@@ -241,14 +303,14 @@ class Engine:
             united_share=self._united_share,
         )
 
-    def _book(self, schedule: Schedule) -> list[Sequence]:
-        """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""
-        ready = []
-        pristine = self._book_replaced(schedule)
+    def _book(self, step: _Step) -> None:
+        """Record what is computed once the device has come so far; all tokens that go into it are known."""
         computed = self.scheduler.computed
-        for sequence, count, untouched in zip(schedule.sequences, schedule.num_tokens, pristine, strict=True):
-            sequence.num_run += count
-            computed(sequence, count, untouched)
+        for sequence, count in zip(step.schedule.sequences, step.schedule.num_tokens, strict=True):
+            if sequence.finished:
+                continue
+            # With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
+            computed(sequence, count, not step.browned[sequence.token_class(count)])
             request = sequence.request
             if not request.siblings_started:
                 self._not_started.pop(request.request_id, None)
@@ -257,31 +319,27 @@ class Engine:
                     for sibling in request.sequences[1:]:
                         if not sibling.finished:
                             self.scheduler.add(sibling)
-            if sequence.num_computed == len(sequence.tokens):
-                ready.append(sequence)
-        return ready
 
-    def _book_replaced(self, schedule: Schedule) -> list[bool]:
-        """Record what brownout replaced in this step; returns for each sequence whether that is nothing.
-
-        With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
-        """
-        browned = self.runner.browned_classes
-        if not any(browned):
-            self._united_share = 0.0
-            return [True] * len(schedule.sequences)
-        pristine, total = [], 0
-        replaced = self.runner.replaced_assignments(schedule)
+    def _count_replaced(self, step: _Step) -> None:
+        """Record how many tokens each sequence ran, and what brownout replaced of them."""
+        schedule = step.schedule
+        replaced = [0] * len(schedule.sequences)
+        if step.replaced is not None:
+            replaced = self.runner.replaced_assignments(schedule, step.replaced)
         for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
+            sequence.num_run += count
             sequence.num_replaced += num_replaced
-            total += num_replaced
-            pristine.append(not browned[sequence.token_class(count)])
-        self._united_share = total / (sum(schedule.num_tokens) * self._assignments)
-        return pristine
+        self._united_share = sum(replaced) / (sum(schedule.num_tokens) * self._assignments)
 
-    def _sample_row(self, sequence: Sequence) -> SampleRow:
+    def _ends_by_length(self, sequence: Sequence) -> bool:
+        """Whether the next token is the last one, whatever it is."""
+        known = len(sequence.tokens) + 1
+        return known - sequence.num_prompt >= sequence.request.params.max_tokens or known >= self.max_model_len
+
+    def _sample_row(self, sequence: Sequence, ahead: bool) -> SampleRow:
+        """`ahead`: a token before this one is not known yet."""
         params = sequence.request.params
-        position = len(sequence.tokens) - sequence.num_prompt
+        position = len(sequence.tokens) + ahead - sequence.num_prompt
         return SampleRow(
             params,
             sequence.seed,

@@ -11,17 +11,23 @@ import torch
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.engine.batch import build_batch
-from backend.engine.cuda_graphs import CudaGraph, DecodeGraphs, Graph
+from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
+from backend.engine.host_copy import HostCopy
+from backend.engine.request import Request
+from backend.engine.sampling_params import SamplingParams
 from backend.engine.scheduler import Schedule
 from backend.errors import ConfigError
 from backend.kernels import check_attention, has_triton
 from backend.models import load_model
 from backend.models.attention import KVCache
+from backend.models.forward_batch import ForwardBatch
 
 log = logging.getLogger(__name__)
 
 _CPU_KV_LIMIT_BYTES = 2**30
 _GPU_FREE_SHARE = 0.85
+#: Tokens of the prefill steps that are run at the start, beside the largest: kernels differ with sizes and divisibility.
+_WARM_UP_TOKENS = (5, 100, 600)
 
 
 class ModelRunner:
@@ -34,6 +40,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # where Triton launches
         check_attention(config.attention_backend, self.device, config.block_size, config.dtype)
+        check_expert_dtype(config.expert_dtype, self.device)
         use_graphs = resolve_cuda_graphs(config.cuda_graphs, self.device)
         self.model = load_model(
             config.checkpoint,
@@ -50,6 +57,10 @@ class ModelRunner:
         )
         if config.widen_experts > 1:
             self.model.widen_experts(config.widen_experts)
+        elif self.device.type != "cpu":
+            self.model.fold_shared_experts()
+        if config.expert_dtype == "fp8":
+            self.model.quantize_experts()
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:
@@ -68,10 +79,9 @@ class ModelRunner:
         )
         self.apply(Settings())
         #: Decode steps as CUDA graphs; None: every step is launched kernel by kernel.
-        self.graphs = self.make_graphs(config) if use_graphs else None
-        if self.graphs is not None:
-            with torch.inference_mode():
-                self.graphs.capture_all(self.model.variant)
+        self.graphs = self.make_graphs(config, cuda_graphs()) if use_graphs else None
+        if self.device.type != "cpu":
+            self._warm_up(config.max_batch_tokens)
         if self.device.type == "cpu":
             from backend.kernels.cpu.warm_up import warm_up
 
@@ -88,6 +98,28 @@ class ModelRunner:
             self.max_model_len,
         )
 
+    @torch.inference_mode()
+    def _warm_up(self, max_batch_tokens: int) -> None:
+        """Run prefill steps of several sizes and capture the decode steps.
+
+        Kernels are compiled here and not in the middle of a request, and if the memory does not suffice, that shows now.
+        """
+        most = min(max_batch_tokens, self.max_model_len, self.num_blocks * self.block_size)
+        for length in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
+            self.model.forward(self._prompt(length), self.kv_cache)
+        if self.graphs is not None:
+            self.graphs.capture_all(self.model.variant)
+        self.model.forget_step()
+        for part in (*self.kv_cache.k, *self.kv_cache.v):
+            part.zero_()
+
+    def _prompt(self, length: int) -> ForwardBatch:
+        """A step that computes one prompt of `length` tokens in the first blocks."""
+        request = Request("warm-up", [0] * length, SamplingParams())
+        sequence = request.sequences[0]
+        sequence.blocks.extend(range(-(-length // self.block_size)))
+        return build_batch(Schedule([sequence], [length], int(length == 1)), self.block_size, self.device)
+
     def apply(self, settings: Settings) -> None:
         """Write the settings into the model's device tables; they act from the next step on.
 
@@ -103,17 +135,22 @@ class ModelRunner:
         self.model.set_replacement(mechanism, settings.ranking, way, settings.similarity_min)
 
     @torch.inference_mode()
-    def run(self, schedule: Schedule) -> torch.Tensor:
-        """Logits [R, vocab] in float32, one row per sequence whose known tokens are computed by this step, in order."""
-        batch = build_batch(schedule, self.block_size, self.device)
+    def run(self, schedule: Schedule, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [R, vocab] in float32, one row per sequence whose known tokens are computed by this step, in order.
+
+        `previous` [R] are the tokens of the step before, for a schedule made ahead. Does not wait for the device; the logits
+        hold until the next call.
+        """
+        batch = build_batch(schedule, self.block_size, self.device, previous)
         if self.graphs is not None and self.graphs.accepts(batch):
             return self.graphs.run(batch, self.model.variant)
         return self.model.forward(batch, self.kv_cache)
 
-    def make_graphs(self, config: EngineConfig, new_graph: Callable[[], Graph] = CudaGraph) -> DecodeGraphs:
+    def make_graphs(self, config: EngineConfig, new_graph: Callable[[], Graph]) -> DecodeGraphs:
         """Graphs of this model's decode steps, not captured yet; the KV cache's last block is theirs."""
         return DecodeGraphs(
-            lambda batch: self.model.forward(batch, self.kv_cache),
+            lambda batch, logits: self.model.forward(batch, self.kv_cache, logits),
+            vocab_size=self.model.config.vocab_size,
             max_rows=min(config.max_running, config.max_batch_tokens),
             max_blocks=-(-self.max_model_len // config.block_size),
             block_size=config.block_size,
@@ -124,12 +161,15 @@ class ModelRunner:
             new_graph=new_graph,
         )
 
-    def replaced_assignments(self, schedule: Schedule) -> list[int]:
-        """Of the last step, which was `schedule`: each sequence's assignments, over all layers, that their own experts did not
-        serve. Reads the device."""
+    def copy_replaced(self) -> HostCopy:
+        """Of the step just launched: each token's assignments, over all layers, that their own experts do not serve."""
         assert self.model.last_replaced is not None
+        return HostCopy(self.model.last_replaced)
+
+    def replaced_assignments(self, schedule: Schedule, replaced: HostCopy) -> list[int]:
+        """The sums of `copy_replaced` after the step of `schedule`, sequence by sequence. Waits for the device."""
         starts = np.cumsum([0, *schedule.num_tokens[:-1]])
-        return np.add.reduceat(self.model.last_replaced.cpu().numpy(), starts).tolist()
+        return np.add.reduceat(replaced.numpy(), starts).tolist()
 
     def _block_bytes(self, config: EngineConfig) -> int:
         return KVCache.block_bytes(self.model.config, config.block_size, self.model.dtype)
@@ -154,6 +194,7 @@ class ModelRunner:
 
     def _memory_limit(self) -> int:
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading has left over
             free, _ = torch.cuda.mem_get_info(self.device)
             return int(free * _GPU_FREE_SHARE)
         return _CPU_KV_LIMIT_BYTES
@@ -166,6 +207,18 @@ def resolve_cuda_graphs(setting: str, device: torch.device) -> bool:
         lacking = "a CUDA device" if device.type != "cuda" else "the package triton"
         raise ConfigError(f"parameter cuda_graphs is on, which needs {lacking}; use auto or off")
     return setting != "off" and possible
+
+
+def check_expert_dtype(expert_dtype: str, device: torch.device) -> None:
+    """Raise ConfigError if the device cannot multiply experts of this type."""
+    if expert_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"parameter expert_dtype is fp8, which needs compute capability 8.9, but {name} has less; use auto")
+
+
+def resolve_async_scheduling(setting: str, device: torch.device) -> bool:
+    """Whether steps are launched ahead, from the `async_scheduling` parameter; a CPU has nothing to gain from it."""
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -182,4 +235,6 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigError(f"parameter device is {name!r}, but this machine has {count} usable CUDA devices")
+        # Always with its number: some of torch's functions take no other.
+        device = torch.device("cuda", device.index or 0)
     return device

@@ -7,7 +7,8 @@ ties are resolved the same way whatever the batch looks like.
 
 A vocabulary of 150 000 is made cheap by reducing rows to the maxima of chunks first: a greedy row looks into its best
 chunk only, and its K best tokens lie in its K best chunks. Rows are grouped by what they need and computed in tiles
-that stay in the processor's cache; everything comes back to the host in one copy.
+that stay in the processor's cache; everything comes back to the host in one copy, which is begun at once and read later,
+so that the host can prepare the next step meanwhile.
 
 Letters in shape comments: R rows, G rows of one tile, V vocabulary, C chunks of a row, K candidates of a row.
 """
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backend.engine.host_copy import HostCopy
 from backend.engine.penalties import SampleRow, penalised
 from backend.engine.sampling_params import SamplingParams
 
-__all__ = ["SampleRow", "Sampled", "sample", "uniform"]
+__all__ = ["SampleRow", "Sampled", "Sampling", "sample", "uniform"]
 
 CHUNK = 64
 #: Elements of a tile on a CPU (4 MiB of float32); other devices take all rows of a group at once.
@@ -62,6 +64,42 @@ class Sampled:
     error: str | None = None
 
 
+class Sampling:
+    """Tokens that are being chosen: `tokens` [R] int64 on the logits' device (-1: an error), the rest on its way to the host."""
+
+    def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
+        """Begin to choose one token per row; see `sample`."""
+        if logits.shape[0] != len(rows):
+            raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} descriptions")
+        self._rows, self._vocab = rows, logits.shape[1]
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(_kind(row.params, logits), []).append(index)
+        order: list[int] = []
+        chosen: list[Tensor] = [logits.new_empty(0, dtype=torch.int64)]
+        for kind, members in groups.items():
+            order += members
+            for tile in _tiles(members, logits):
+                tile_rows = [rows[i] for i in tile]
+                chosen.append(_choose(kind, penalised(_take(logits, tile), tile_rows), tile_rows))
+        tokens = torch.cat(chosen)
+        if len(groups) > 1:
+            tokens = tokens[_to_device(np.argsort(order), torch.int64, logits)]
+        self.tokens = tokens
+        reported = [i for i, row in enumerate(rows) if row.need_logprob or row.params.logprobs is not None]
+        self._reported = list(_tiles(reported, logits)) if reported else []
+        packed = [_report(_take(logits, tile), tokens, tile, rows) for tile in self._reported]
+        self._copy = HostCopy(torch.cat([tokens.double(), *packed]) if reported else tokens)
+
+    def results(self) -> list[Sampled]:
+        """Waits for the device."""
+        numbers = iter(self._copy.numpy().tolist())
+        results = [_sampled(int(token)) for token in islice(numbers, len(self._rows))]
+        for tile in self._reported:
+            _fill(results, tile, self._rows, numbers, self._vocab)
+        return results
+
+
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """Choose one token per row.
 
@@ -69,30 +107,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         logits: [R, V] float32 on any device; not modified.
         rows: R descriptions.
     """
-    if logits.shape[0] != len(rows):
-        raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} descriptions")
-    groups: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(_kind(row.params, logits), []).append(index)
-    order: list[int] = []
-    chosen: list[Tensor] = [logits.new_empty(0, dtype=torch.int64)]
-    for kind, members in groups.items():
-        order += members
-        for tile in _tiles(members, logits):
-            tile_rows = [rows[i] for i in tile]
-            chosen.append(_choose(kind, penalised(_take(logits, tile), tile_rows), tile_rows))
-    tokens = torch.cat(chosen)
-    if len(groups) > 1:
-        tokens = tokens[_to_device(np.argsort(order), torch.int64, logits)]
-    reported = [i for i, row in enumerate(rows) if row.need_logprob or row.params.logprobs is not None]
-    if not reported:
-        return [_sampled(token) for token in tokens.tolist()]
-    packed = [_report(_take(logits, tile), tokens, tile, rows) for tile in _tiles(reported, logits)]
-    numbers = iter(torch.cat([tokens.double(), *packed]).tolist())
-    results = [_sampled(int(next(numbers))) for _ in rows]
-    for tile in _tiles(reported, logits):
-        _fill(results, tile, rows, numbers, logits.shape[1])
-    return results
+    return Sampling(logits, rows).results()
 
 
 def uniform(seed: int, position: int) -> float:

@@ -7,6 +7,7 @@ Python: no tensor library here.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from backend.engine.block_manager import BlockManager, chain_hashes
@@ -22,6 +23,8 @@ class Schedule:
     num_tokens: list[int] = field(default_factory=list)
     #: How many of the leading entries compute exactly one token.
     num_decodes: int = 0
+    #: If this was made before the step before it was done: for each sequence the row of that step's tokens that is its input.
+    previous_rows: list[int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.sequences)
@@ -95,6 +98,29 @@ class Scheduler:
             work.num_tokens.append(count)
         work.num_decodes = sum(1 for count in work.num_tokens if count == 1)
         return work
+
+    def schedule_ahead(self, ready: list[Sequence], ends: Callable[[Sequence], bool]) -> Schedule | None:
+        """The step after one that is booked, but whose tokens are not known yet.
+
+        Args:
+            ready: Sequences that get a token from that step, in the order of the tokens.
+            ends: Whether a sequence ends with that token, whatever it is.
+
+        Returns:
+            One more token for each of them, or None where `schedule` could do more: admit, go on with a prefill, preempt.
+        """
+        rows = {sequence: row for row, sequence in enumerate(ready) if not sequence.finished}
+        if len(rows) != len(self.running) or any(sequence not in rows for sequence in self.running):
+            return None
+        sequences = [sequence for sequence in self.running if not ends(sequence)]
+        if not sequences or (self._waiting.first() is not None and len(sequences) < self.max_running):
+            return None
+        full = [s for s in sequences if s.num_computed == len(s.blocks) * self.blocks.block_size]
+        if len(full) > self.blocks.num_available:
+            return None
+        for sequence, block in zip(full, self.blocks.allocate(len(full)), strict=True):
+            sequence.blocks.append(block)
+        return Schedule(sequences, [1] * len(sequences), len(sequences), [rows[sequence] for sequence in sequences])
 
     def computed(self, sequence: Sequence, num_tokens: int, pristine: bool = True) -> None:
         """Book `num_tokens` as computed and publish the blocks that are now full.

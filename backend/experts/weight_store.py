@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 
 class ExpertWeights:
     """w13 [P, 2 * I, M] (gate rows above up rows) and w2 [P, M, I] for P slots."""
@@ -15,6 +16,25 @@ class ExpertWeights:
         self.expert_size = expert_size
         self.w13 = torch.empty(num_slots, 2 * expert_size, hidden_size, dtype=dtype, device=device)
         self.w2 = torch.empty(num_slots, hidden_size, expert_size, dtype=dtype, device=device)
+        #: Factors [P, 2 * I] and [P, M] float32 of the rows of w13 and w2, if these are quantised.
+        self.scales: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in (self.w13, self.w2, *(self.scales or ())))
+
+    def append(self, w13: Tensor, w2: Tensor) -> slice:
+        """More slots, with these weights [n, 2 * I, M] and [n, M, I]; returns which. The tensors are replaced, as in `widen`."""
+        first = len(self.w13)
+        self.w13 = torch.cat([self.w13, w13])
+        self.w2 = torch.cat([self.w2, w2])
+        return slice(first, len(self.w13))
+
+    def quantize(self) -> None:
+        """Store weights as float8 (e4m3) with a factor for each output row; the tensors are replaced, as in `widen`."""
+        self.w13, scale_13 = _quantized(self.w13)
+        self.w2, scale_2 = _quantized(self.w2)
+        self.scales = scale_13, scale_2
 
     def widen(self, times: int) -> None:
         """Repeat every intermediate neuron `times` times and divide w2 by it: the same function, `times` the cost.
@@ -38,3 +58,15 @@ class ExpertWeights:
     def down(self, slot: int) -> Tensor:
         """View [M, I] of a slot's down projection."""
         return self.w2[slot]
+
+
+def _quantized(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 [P, R, C] and float32 factors [P, R] of weights [P, R, C]: the largest of a row becomes the largest float8."""
+    stored = torch.empty(weights.shape, dtype=torch.float8_e4m3fn, device=weights.device)
+    scales = torch.empty(weights.shape[:2], dtype=torch.float32, device=weights.device)
+    for slot, matrix in enumerate(weights):  # one after the other: in float32 a layer at once would take gigabytes
+        wide = matrix.float()
+        largest = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * LARGEST_FLOAT8)
+        scales[slot] = largest / LARGEST_FLOAT8
+        stored[slot] = (wide / scales[slot].unsqueeze(1)).to(torch.float8_e4m3fn)
+    return stored, scales

@@ -112,13 +112,15 @@ class MoeModel:
             yield "lm_head.weight", self.lm_head
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.weights())
+        """Bytes of all weights but the united experts'."""
+        others = [tensor for name, tensor in self.weights() if ".experts." not in name]
+        slots = sum(block.experts.num_bytes for block in self.moe_blocks)
+        return sum(tensor.nbytes for tensor in others) + slots - self.united_bytes()
 
     def united_bytes(self) -> int:
         """Bytes of the united experts' weights, of all ways together."""
         views = (view for block in self.moe_blocks for way in self.ways for view in block.united_weights(way))
-        return sum(view.numel() * view.element_size() for view in views)
+        return sum(view.nbytes for view in views)
 
     @property
     def moe_blocks(self) -> list[MoeBlock]:
@@ -134,6 +136,16 @@ class MoeModel:
         """Make each routed and united expert `times` as wide and expensive without changing what it computes."""
         for block in self.moe_blocks:
             block.experts.widen(times)
+
+    def fold_shared_experts(self) -> None:
+        """See `MoeBlock.fold_shared`."""
+        for block in self.moe_blocks:
+            block.fold_shared()
+
+    def quantize_experts(self) -> None:
+        """Store the weights of all slots as float8 with a factor for each output row."""
+        for block in self.moe_blocks:
+            block.experts.quantize()
 
     def set_thresholds(self, table: Sequence[Sequence[float]] | Tensor) -> None:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
@@ -174,9 +186,18 @@ class MoeModel:
         for block, of_block in zip(self.moe_blocks, slots, strict=True):
             block.last_slots = of_block
 
+    def forget_step(self) -> None:
+        """Have no last step."""
+        self.last_replaced = None
+        for block in self.moe_blocks:
+            block.last_slots = None
+
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache."""
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache, logits: Tensor | None = None) -> Tensor:
+        """Run one step; returns logits [R, V] in float32 for `batch.logit_rows` and fills the KV cache.
+
+        `logits` [R, V] float32 is where they are to be written, if given.
+        """
         angles = self.angles(batch.positions)
         residual = F.embedding(batch.token_ids, self.embedding).to(self.activation_dtype)
         x = self.layers[0].input_norm(residual)
@@ -190,4 +211,5 @@ class MoeModel:
         self.last_replaced = replaced
         rows = batch.logit_rows
         x = self.final_norm.after_add(x[rows], residual[rows])
-        return self.kernels.linear(x, self.lm_head).float()
+        out = self.kernels.linear(x, self.lm_head)
+        return out.float() if logits is None else logits.copy_(out)

@@ -15,6 +15,10 @@ from backend.models.config import ModelConfig
 from backend.models.layers import Backing, GatedMLP, Linear, NamedWeight
 
 
+#: Rows up to which a folded shared expert runs as slots: then launches matter. Many rows belong to plain matrix products.
+_FOLDED_ROWS = 256
+
+
 @dataclass
 class Replacement:
     """How all MoE blocks of a model replace experts where a threshold is below 1; see `backend.kernels.reference.remap`.
@@ -32,7 +36,8 @@ class Replacement:
 class MoeBlock:
     """One layer's router, experts and, in some families, shared expert behind a sigmoid gate.
 
-    Slots of the expert weights: the originals, then the united experts of each way, ascending.
+    Slots of the expert weights: the originals, then the united experts of each way, ascending, then the shared expert if it
+    is folded.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class MoeBlock:
         if config.shared_expert_size:
             self.shared_expert = GatedMLP(backing, config.hidden_size, config.shared_expert_size)
             self.shared_gate = Linear(backing, config.hidden_size, (1,))
+        #: Slots that hold a copy of the shared expert, see `fold_shared`.
+        self.shared_slots: slice | None = None
 
     def weights(self, layer_prefix: str) -> Iterator[NamedWeight]:
         prefix = f"{layer_prefix}.{self.names.moe_block}"
@@ -82,6 +89,25 @@ class MoeBlock:
         if self.shared_expert is not None and self.shared_gate is not None:
             yield from self.shared_expert.weights(f"{prefix}.shared_expert")
             yield from self.shared_gate.weights(f"{prefix}.shared_expert_gate")
+
+    @property
+    def num_shared_slots(self) -> int:
+        """Slots that every token of a small step has."""
+        return 0 if self.shared_slots is None else self.shared_slots.stop - self.shared_slots.start
+
+    def fold_shared(self) -> None:
+        """Copy the shared expert, if its size is a multiple of an expert's, into slots that every token of a small step has.
+
+        A slice of its intermediate neurons is a gated MLP like an expert, and the sum of the slices' outputs is its own. Belongs
+        after loading and before anything holds on to the expert weights.
+        """
+        shared, size = self.shared_expert, self.experts.expert_size
+        if shared is None or shared.size % size or self.shared_slots is not None:
+            return
+        num_slots, hidden_size = shared.size // size, self.experts.w2.shape[1]
+        w13 = shared.gate_up.weight.view(2, num_slots, size, hidden_size).transpose(0, 1).flatten(1, 2)
+        w2 = shared.down.weight.view(hidden_size, num_slots, size).transpose(0, 1)
+        self.shared_slots = self.experts.append(w13, w2)
 
     def united_weights(self, way: int) -> tuple[Tensor, Tensor]:
         """Views w13 [G, 2 * I, M] and w2 [G, M, I] of the united experts of a way, by group."""
@@ -97,8 +123,13 @@ class MoeBlock:
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
         slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens)
         self.last_slots = slots
-        out = self.kernels.grouped_experts_forward(x, self.experts.w13, self.experts.w2, slots, weights)
-        if self.shared_expert is not None and self.shared_gate is not None:
+        stored = self.experts
+        folded = self.shared_slots if len(x) <= _FOLDED_ROWS else None
+        if folded is not None and self.shared_gate is not None:
+            gate, count = self.shared_gate.weight, self.num_shared_slots
+            slots, weights = self.kernels.add_shared_slots(x, gate, slots, weights, folded.start, count, num_tokens)
+        out = self.kernels.grouped_experts_forward(x, stored.w13, stored.w2, slots, weights, stored.scales)
+        if folded is None and self.shared_expert is not None and self.shared_gate is not None:
             out.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared_expert(x))
         return out
 

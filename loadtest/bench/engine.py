@@ -14,9 +14,10 @@ from rich.table import Table
 
 from backend.brownout.settings import MECHANISMS, Settings
 from backend.config import EngineConfig
+from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
-from loadtest.bench import options
+from loadtest.bench import kernel_times, options
 from loadtest.bench.budget import Budget
 from loadtest.bench.memory import Growth, Memory, peak_bytes
 from loadtest.bench.our_engine import AtSettings, OurEngine
@@ -107,6 +108,7 @@ def run(
     peers: Sequence[PeerSpec] = (),
     points: Mapping[str, Settings] | None = None,
     profile: bool = False,
+    kernel_profile: bool = False,
     steps: int | None = None,
     budget: Budget | None = None,
     write: Callable[[dict], None] = _drop,
@@ -118,7 +120,9 @@ def run(
     """
     budget = budget or Budget()
     with contextlib.ExitStack() as stack:
-        exported = bool(peers) and checkpoint.startswith(PREFIX)
+        on_gpu = resolve_device(device).type == "cuda"
+        # On a GPU transformers takes our weights as they are.
+        exported = checkpoint.startswith(PREFIX) and any(not on_gpu or spec.python for spec in peers)
         united, similarity = _for_dummy(checkpoint, [settings, *(points or {}).values()])
         loaded = checkpoint
         if exported:
@@ -136,7 +140,8 @@ def run(
             united=united,
             similarity=similarity,
             max_model_len=work.prompt_tokens + work.new_tokens,
-            max_running=max(256, work.requests),
+            # On a GPU each further size of a batch takes time to capture.
+            max_running=max(64 if on_gpu else 256, work.requests),
             max_waiting=max(1024, work.requests),
         )
         ours = OurEngine(config)
@@ -182,6 +187,10 @@ def run(
             ours.engine.set_settings(settings)
             result["profile"] = ours.profile(prompts, min(work.new_tokens, 32))
             write(result)
+        if kernel_profile:
+            ours.engine.set_settings(settings)
+            result["decode_kernels"] = ours.decode_kernels(prompts)
+            write(result)
         if steps:
             ours.engine.set_settings(settings)
             result["memory_growth"] = ours.growth(work, steps)
@@ -201,8 +210,10 @@ def _for_dummy(checkpoint: str, points: list[Settings]) -> tuple[str, str]:
 def _peer(
     spec: PeerSpec, checkpoint: str, ours: OurEngine, dtype: str, work: Workload, stack: contextlib.ExitStack
 ) -> Peer:
+    if spec.python is None and checkpoint.startswith(PREFIX):
+        return TransformersPeer.of_model(ours.engine.runner.model, checkpoint)
     if spec.python is None:
-        return TransformersPeer(checkpoint, ours.device, dtype)
+        return TransformersPeer.of_checkpoint(checkpoint, ours.device, dtype)
     return stack.enter_context(
         PeerProcess(
             spec,
@@ -261,7 +272,7 @@ def _figures(
     figures: dict = {name: getattr(median, name) for name in Rates.__struct_fields__}
     figures |= {
         "step_ms": rounds.work.requests / median.decode_tokens_per_s * 1e3,
-        **_slots(base),
+        **_slots(base, rounds.work),
         "peak_memory_bytes": memory.peak_bytes if memory else peak_bytes(ours.device),
         "memory": memory,
         "runs": list(rounds.rates[OURS]),
@@ -272,8 +283,10 @@ def _figures(
     return figures
 
 
-def _slots(point: AtSettings) -> dict:
+def _slots(point: AtSettings, work: Workload) -> dict:
+    context = work.prompt_tokens + work.new_tokens / 2
     return {
+        "decode_step_bytes": point.ours.decode_step_bytes(point.stats.active_slots, work.requests, context),
         "active_slots_per_layer": point.stats.active_slots,
         "active_slots_by_layer": point.stats.active_slots_by_layer,
         "assignments_per_token": point.stats.assignments_per_token,
@@ -290,7 +303,7 @@ def _compared(rounds: _Rounds, name: str, ours: Rates) -> dict:
     engine = rounds.engines[name]
     median = Rates.median(rounds.rates[name])
     if isinstance(engine, AtSettings):
-        above, below, extra = median, ours, {"settings": asdict(engine.settings), **_slots(engine)}
+        above, below, extra = median, ours, {"settings": asdict(engine.settings), **_slots(engine, rounds.work)}
     else:
         above, below, extra = ours, median, {"tokens_equal": tokens_equal(rounds.tokens[OURS], rounds.tokens[name])}
     ratio = {rate: getattr(above, rate) / getattr(below, rate) for rate in _RATES}
@@ -325,6 +338,8 @@ def show(result: dict, checkpoint: str, console: Console) -> None:
         )
     if "profile" in result:
         console.print(profile_table(result["profile"]))
+    if "decode_kernels" in result:
+        console.print(kernel_times.table(result["decode_kernels"]))
 
 
 def _mib(number: int) -> str:

@@ -20,6 +20,7 @@ from backend.kernels import reference
 from backend.models.config import ModelConfig
 from loadtest.bench import kernel_costs
 from loadtest.bench.floors import Cost
+from loadtest.bench.interpreter import interpreting
 
 BLOCK_SIZE = 16
 #: Rows of a decode step and of a prefill step.
@@ -47,6 +48,11 @@ class Case:
     #: Whether its weights or keys and values come from memory in a step (they are larger than the caches there).
     streams: bool = False
 
+    @property
+    def captures(self) -> bool:
+        """Whether it can stand in a CUDA graph: the sampler reads its tokens back."""
+        return self.kernel != "sample"
+
     def cost(self, args: Arguments) -> Cost:
         return getattr(kernel_costs, self.kernel)(*args)
 
@@ -61,6 +67,8 @@ class Sizes:
 
     @classmethod
     def for_device(cls, device: torch.device) -> Sizes:
+        if device.type == "cpu" and interpreting():
+            return cls(decode_rows=(1, 4), prefill_rows=(40,), contexts=((2, 40),))
         if device.type == "cpu":
             return cls()
         return cls(decode_rows=(1, 8, 32, 64), prefill_rows=(2048, 8192), contexts=LONG_CONTEXTS)
@@ -141,6 +149,11 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
         yield Case("select_experts", f"top_k, theta 0.5, {n} rows", make.remap(n, 0.5), _served)
     yield Case("sample", f"greedy, {few} rows", make.sample(few, SamplingParams(temperature=0.0)))
     yield Case("sample", f"temperature 1, {few} rows", make.sample(few, SamplingParams(temperature=1.0)))
+
+
+def copies(args: Arguments) -> Arguments:
+    """The same arguments once more, for what writes to them."""
+    return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
 
 
 def in_float32(args: Arguments) -> Arguments:

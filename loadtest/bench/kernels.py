@@ -168,7 +168,7 @@ def _time(
         copies = min(_MOST_COPIES, _COPIES_BYTES // cost.bytes, math.ceil(_CACHES * cache_bytes(device) / cost.bytes))
     operands = [args, *(case.make(generator) for _ in range(copies - 1))]
     with torch.inference_mode():
-        seconds = median_s([lambda a=a: function(*a) for a in operands], device, runs)
+        seconds = median_s([lambda a=a: function(*a) for a in operands], device, runs, case.captures)
     floor = floors.seconds(cost, to.dtype)
     to.time_us, to.bytes, to.flops = seconds * 1e6, cost.bytes, cost.flops
     to.floor_us, to.bound, to.share_of_floor = floor * 1e6, floors.bound(cost, to.dtype), floor / seconds

@@ -65,10 +65,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=positive, default=32, help="requests at once (default 32)")
-    parser.add_argument("--prompt-tokens", type=positive, default=128, help="per request (default 128)")
+    parser.add_argument("--requests", type=positive, default=32, help="requests at once (default %(default)s)")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, help="per request (default %(default)s)")
     parser.add_argument(
-        "--new-tokens", type=at_least_two, default=128, help="made per request, at least 2 (default 128)"
+        "--new-tokens", type=at_least_two, default=128, help="made per request, at least 2 (default %(default)s)"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from unittest.mock import patch
 
 from backend.brownout.settings import Settings
 from backend.config import EngineConfig
@@ -12,6 +13,9 @@ from backend.engine.model_runner import resolve_device
 from backend.engine.request import Request, RequestEnded, TokenOutput
 from backend.engine.sampling_params import SamplingParams
 from backend.kernels import kernels_for
+from backend.models.attention import KVCache
+from loadtest.bench import kernel_times
+from loadtest.bench.kernel_times import KernelTime
 from loadtest.bench.memory import Growth, Memory, peak_bytes, reset_peak, rss_bytes
 from loadtest.bench.parts import PartTimes, StepTimes
 from loadtest.bench.peers import Run
@@ -60,7 +64,7 @@ class OurEngine:
     def profile(self, prompts: list[list[int]], new_tokens: int) -> dict[str, StepTimes]:
         """Where the time of a prefill step and of a decode step goes."""
         times = PartTimes(self.engine)
-        with times.attached():
+        with times.attached(), patch.object(self.engine, "overlap", False):
             # With one new token nothing decodes while other prompts are still computed.
             for length in (1, new_tokens):
                 self.engine.blocks.clear_cache()
@@ -69,6 +73,39 @@ class OurEngine:
                     times.step()
         kinds = {"prefill": times.summary("prefill"), "decode": times.summary("decode", skip=1)}
         return {kind: summary for kind, summary in kinds.items() if summary is not None}
+
+    def decode_kernels(self, prompts: list[list[int]], steps: int = 8) -> list[KernelTime]:
+        """The kernels of a decode step."""
+        self.engine.blocks.clear_cache()
+        self._add(prompts, steps + 4)
+        running = self.engine.scheduler.running
+        while len(running) < len(prompts) or not all(s.prompt_computed for s in running):
+            self.engine.step()
+        self.engine.step()
+        times = kernel_times.measure(self.engine.step, steps, self.device)
+        for number in range(len(prompts)):
+            self.engine.abort(number)
+        return times
+
+    def decode_step_bytes(self, active_slots: float, rows: int, context: float) -> int:
+        """Bytes that a decode step must read: the weights of that many slots in each MoE layer, all others, keys and values.
+
+        `context`: cached tokens of each of the `rows` sequences, on average.
+        """
+        runner, model = self.engine.runner, self.engine.runner.model
+        slots = active_slots + (model.moe_blocks[0].num_shared_slots if model.moe_blocks else 0)
+        experts = sum(slots * block.experts.num_bytes / len(block.experts.w13) for block in model.moe_blocks)
+        tied = model.lm_head is model.embedding
+        others = sum(
+            tensor.nbytes
+            for name, tensor in model.weights()
+            if ".experts." not in name and (tied or tensor is not model.embedding)
+        )
+        folded = any(block.num_shared_slots for block in model.moe_blocks)
+        if folded:  # its own matrices are not read then
+            others -= sum(t.nbytes for name, t in model.weights() if ".shared_expert." in name)
+        token = KVCache.block_bytes(model.config, runner.block_size, model.dtype) / runner.block_size
+        return round(experts + others + rows * context * token)
 
     def growth(self, work: Workload, steps: int) -> Growth:
         """Resident memory over `steps` steps in which requests end and new ones, with other prompts, take their places."""

@@ -114,7 +114,7 @@ class PartTimes:
             (runner_module, "build_batch", BATCH, False),
             (engine.runner, "run", MODEL_REST, False),
             (engine, "_book", BOOKING, False),
-            (engine_module, "sample", SAMPLING, False),
+            (engine_module, "Sampling", SAMPLING, False),
             (engine, "step", EMIT, False),
         ]
         for name in kernels.__all__:

@@ -9,7 +9,6 @@ import os
 import time
 
 import numpy as np
-import tritonclient.grpc.aio as grpc_aio
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +18,6 @@ from loadtest.bench import options
 from loadtest.bench.budget import Budget
 from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.workload import Workload, machine, write_json
-from loadtest.clients import STREAM_MODEL
 
 HELP = "through Triton Inference Server, against the engine alone"
 
@@ -63,6 +61,11 @@ def table(result: dict, checkpoint: str) -> Table:
 
 async def stream_all(grpc: str, prompts: list[list[int]], new_tokens: int) -> float:
     """Seconds from the first request to the last response of all streams."""
+    # Not at the top: the other benchmarks run where no client is installed.
+    import tritonclient.grpc.aio as grpc_aio
+
+    from loadtest.clients import STREAM_MODEL
+
     async with grpc_aio.InferenceServerClient(grpc) as client:
         sampling = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
 

@@ -11,6 +11,8 @@ import torch
 #: One measurement repeats the operation until it takes at least this long.
 LEAST_S = 2e-3
 _MOST_REPEATS = 1000
+#: What a launch of a graph costs is shared by so many calls.
+_LEAST_CALLS_IN_GRAPH = 16
 
 
 def synchronize(device: torch.device) -> None:
@@ -18,17 +20,46 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_s(calls: Sequence[Callable[[], object]], device: torch.device, runs: int) -> float:
+def replayed(function: Callable[..., object]) -> Callable[..., object]:
+    """`function` captured in a CUDA graph with the arguments it is called with, and replayed once.
+
+    Its kernels must have been compiled: run it before.
+    """
+
+    def call(*args: object) -> object:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            returned = function(*args)
+        graph.replay()
+        return returned
+
+    return call
+
+
+def median_s(
+    calls: Sequence[Callable[[], object]], device: torch.device, runs: int, capture: bool = True
+) -> float:
     """Median seconds of one call over `runs` measurements.
 
     `calls` are the same operation on different copies of its operands, called in turn, so that no copy is still in the caches
-    when its turn comes again; on a GPU the time is the device's, between events.
+    when its turn comes again. On a GPU the time is the device's, between events, of replays of a CUDA graph: launching small
+    kernels one by one takes the host longer than they run. Calls that wait for the device cannot stand in one: `capture` False.
     """
     for call in calls:
         call()
     synchronize(device)
+    number = len(calls)
+    if capture and device.type == "cuda":
+        repeats = max(1, _LEAST_CALLS_IN_GRAPH // number)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+        calls, number = [graph.replay], repeats * number
+        graph.replay()
     rounds = min(_MOST_REPEATS, max(1, round(LEAST_S / max(_elapsed_s(calls, device, 1), 1e-7))))
-    return statistics.median(_elapsed_s(calls, device, rounds) for _ in range(runs)) / (rounds * len(calls))
+    return statistics.median(_elapsed_s(calls, device, rounds) for _ in range(runs)) / (rounds * number)
 
 
 def _elapsed_s(calls: Sequence[Callable[[], object]], device: torch.device, rounds: int) -> float:

@@ -156,10 +156,10 @@ def test_shares_add_up_to_what_the_remap_replaced():
     requests = [make_request(i, p, 9, brownout="auto" if i % 4 else "never") for i, p in enumerate(make_prompts(12))]
     replaced, shares, inner = [], [], engine.runner.replaced_assignments
 
-    def recording(schedule):
-        replaced.append(sum(inner(schedule)))
+    def recording(schedule, copied):
+        replaced.append(sum(inner(schedule, copied)))
         shares.append(replaced[-1] / (sum(schedule.num_tokens) * 4))
-        return inner(schedule)
+        return inner(schedule, copied)
 
     engine.runner.replaced_assignments = recording
     for request in requests:

@@ -46,18 +46,20 @@ class Step:
         self.left: list[Tensor] = []
         self.batch: ForwardBatch
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, batch: ForwardBatch, logits: Tensor | None = None) -> Tensor:
         self.batch = batch
         rows = len(batch.token_ids)
         self.record[0][:rows] = batch.token_ids * 2
         columns = (batch.token_ids, batch.positions, batch.kv_slots, batch.context_lens, batch.token_class)
         first_blocks = batch.block_tables.gather(1, ((batch.context_lens - 1) // BLOCK_SIZE).long().unsqueeze(1))
         table = torch.stack([column.float() for column in (*columns, first_blocks[:, 0])], dim=1)
-        return table[batch.logit_rows]
+        table = table[batch.logit_rows]
+        return table if logits is None else logits.copy_(table)
 
     def graphs(self, max_rows: int = 20) -> DecodeGraphs:
         return DecodeGraphs(
             self.forward,
+            vocab_size=6,
             max_rows=max_rows,
             max_blocks=5,
             block_size=BLOCK_SIZE,

@@ -6,6 +6,7 @@ from backend.kernels.cpu.linear import linear
 from backend.kernels.cpu.remap import remap_experts, select_experts
 from backend.kernels.reference import (
     add_rms_norm,
+    add_shared_slots,
     apply_rope,
     prefill_attention,
     rms_norm,
@@ -17,6 +18,7 @@ from backend.kernels.reference import (
 
 __all__ = [
     "add_rms_norm",
+    "add_shared_slots",
     "apply_rope",
     "decode_attention",
     "grouped_experts_forward",

@@ -12,6 +12,7 @@ from backend.kernels.cpu import bfloat16
 from backend.kernels.cpu.bfloat16 import put, rows_times
 from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, widen
 from backend.kernels.cpu.linear import matmul_into
+from backend.kernels.reference.grouped_experts import grouped_experts_forward as reference
 
 #: Average rows per active slot up to which the compiled kernel is faster than matrix products; with bfloat16 units it stays so longer.
 FEW_ROWS, FEW_BFLOAT16_ROWS = 24, 64
@@ -25,12 +26,15 @@ def grouped_experts_forward(
     w2: Tensor,  # [P, M, I]
     slots: Tensor,  # [T, K] int64, -1: skip
     weights: Tensor,  # [T, K] float32
+    scales: tuple[Tensor, Tensor] | None = None,  # [P, 2 * I] and [P, M] float32, factors of the rows of w13 and w2
 ) -> Tensor:
     """Sum over k of weights[t, k] * w2 @ (silu(gate) * up) with the weights of slots[t, k]; returns [T, M].
 
     float32 sums whatever the type of the weights. Where the processor multiplies bfloat16 and the weights are of that type,
     hidden and the activations are rounded to it, too.
     """
+    if scales is not None:  # weights of 8 bits are for GPUs
+        return reference(hidden, w13, w2, slots, weights, scales)
     out = torch.empty(hidden.shape)
     direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
     # By the slots in use: united experts that no token needs change nothing, not even in the last bit.

@@ -9,9 +9,11 @@ from backend.kernels.gpu.remap import remap_experts, select_experts
 from backend.kernels.gpu.rmsnorm import add_rms_norm, rms_norm
 from backend.kernels.gpu.rope import apply_rope
 from backend.kernels.gpu.router import route, router_scores
+from backend.kernels.gpu.shared_slots import add_shared_slots
 
 __all__ = [
     "add_rms_norm",
+    "add_shared_slots",
     "apply_rope",
     "decode_attention",
     "grouped_experts_forward",

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from backend.kernels.gpu.common import power_of_2
 
-_CHUNK = 512
+#: Assignments that a program looks at together: a prefill step has tens of thousands, and every program sees them all.
+_CHUNK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments", "num_tiles"])
 def _align_kernel(
     slots_ptr,  # [A] int64
     order_ptr,  # [L] int32, written up to the last slot's end
@@ -81,6 +82,6 @@ def align(slots: Tensor, num_slots: int, tile: int) -> tuple[Tensor, Tensor, Ten
         TILE=tile,
         CHUNK=min(_CHUNK, power_of_2(num_assignments)),
         BINS=power_of_2(num_slots),
-        num_warps=4,
+        num_warps=4 if num_assignments <= 1024 else 8,
     )
     return order, begins, counts, tile_slots

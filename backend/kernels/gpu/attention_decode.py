@@ -24,7 +24,7 @@ def _split_of(length, splits, LEAST: tl.constexpr, KEYS: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS, LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table", "num_seqs"])
 def _decode_kernel(
     q_ptr,  # [S, H, D]
     k_cache_ptr,  # [N, C, G, D]
@@ -107,7 +107,7 @@ def _decode_kernel(
         tl.store(tops_ptr + tl.cast(num_seqs, tl.int64) * KV_HEADS * GROUP * SPLITS + place, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _combine_kernel(
     partial_ptr,  # [S, H, SPLITS, D] float32
     tops_ptr,  # [2, S, H, SPLITS] float32

@@ -112,6 +112,17 @@ def two_products(
 
 
 @triton.jit
+def scale_columns(value, scales_ptr, columns, column_mask, SWAP: tl.constexpr):
+    """value [ROWS, COLUMNS], with SWAP [COLUMNS, ROWS], times the factor of each column."""
+    scale = tl.load(scales_ptr + columns, mask=column_mask, other=0.0)
+    if SWAP:
+        value *= scale[:, None]
+    else:
+        value *= scale[None, :]
+    return value
+
+
+@triton.jit
 def store_tile(out_ptr, value, rows, row_mask, columns, column_mask, num_columns, SWAP: tl.constexpr):
     """Put value [ROWS, COLUMNS], with SWAP [COLUMNS, ROWS], at rows and columns of out [*, num_columns]."""
     if SWAP:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from backend.kernels.gpu.align import align
-from backend.kernels.gpu.expert_tile import assignments_at, product, store_tile, tile_of, two_products
+from backend.kernels.gpu.expert_tile import assignments_at, product, scale_columns, store_tile, tile_of, two_products
 from backend.kernels.tuning import LEAST_ROWS, ExpertShape, TileConfig, expert_tiles
 
 _COMBINE_COLUMNS = 1024
@@ -28,20 +28,28 @@ def grouped_experts_forward(
     w2: Tensor,  # [P, M, I]
     slots: Tensor,  # [T, K] int64, -1: skip
     weights: Tensor,  # [T, K] float32
+    scales: tuple[Tensor, Tensor] | None = None,  # [P, 2 * I] and [P, M] float32, factors of the rows of w13 and w2
 ) -> Tensor:
     """Sum over k of weights[t, k] * w2 @ (silu(gate) * up) with the weights of slots[t, k]; returns [T, M].
 
-    float32 sums; a prefill step rounds each weighted expert output to hidden's type, a decode step does not.
+    Weights of 8 bits are widened in registers. float32 sums; a prefill step rounds each weighted expert output to hidden's type, a decode step does not.
     """
     (num_tokens, hidden_size), (num_slots, _, size), top_k = hidden.shape, w2.shape, slots.shape[1]
     device = torch.cuda.get_device_name(hidden.device) if hidden.is_cuda else "cpu"
     dtype = str(hidden.dtype).removeprefix("torch.")
     shape = ExpertShape(num_slots, hidden_size, size, num_tokens, top_k, dtype, device)
-    return run_with_tiles(hidden, w13, w2, slots, weights, shape.phase, expert_tiles(shape))
+    return run_with_tiles(hidden, w13, w2, slots, weights, shape.phase, expert_tiles(shape), scales)
 
 
 def run_with_tiles(
-    hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, phase: str, tiles: dict[str, TileConfig]
+    hidden: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    phase: str,
+    tiles: dict[str, TileConfig],
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`grouped_experts_forward` in the given phase with the given block sizes."""
     (num_tokens, hidden_size), (num_slots, _, size), top_k = hidden.shape, w2.shape, slots.shape[1]
@@ -58,7 +66,7 @@ def run_with_tiles(
     lists = (order, begins, counts, tile_slots)
 
     def launch(
-        kernel, x: Tensor, w: Tensor, out: Tensor, tile: TileConfig, *scale: Tensor, rows_per_input: int
+        kernel, x: Tensor, w: Tensor, out: Tensor, tile: TileConfig, scale: Tensor, *gate: Tensor, rows_per_input: int
     ) -> None:
         columns, depth = out.shape[1], x.shape[1]
         blocks = triton.cdiv(columns, tile.columns)
@@ -67,7 +75,8 @@ def run_with_tiles(
             x,
             w,
             out,
-            *scale,
+            scale,
+            *gate,
             *lists,
             len(tile_slots),
             columns,
@@ -80,12 +89,14 @@ def run_with_tiles(
             DEPTH=tile.depth,
             EVEN=depth % tile.depth == 0 and columns % tile.columns == 0,
             GROUP=_TILE_GROUP,
+            SCALED=scales is not None,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
 
-    launch(_gate_up_kernel, hidden, w13, act, gate_up, rows_per_input=top_k)
-    launch(_down_kernel, act, w2, partial, down, weights, rows_per_input=1)
+    scale_13, scale_2 = (weights, weights) if scales is None else scales
+    launch(_gate_up_kernel, hidden, w13, act, gate_up, scale_13, rows_per_input=top_k)
+    launch(_down_kernel, act, w2, partial, down, scale_2, weights, rows_per_input=1)
     out = torch.empty_like(hidden)
     _combine_kernel[(num_tokens, triton.cdiv(hidden_size, _COMBINE_COLUMNS))](
         partial, slots, out, hidden_size, TOP_K=top_k, COLUMNS=_COMBINE_COLUMNS, num_warps=4
@@ -98,6 +109,7 @@ def _gate_up_tile(
     x_ptr,
     w_ptr,
     out_ptr,
+    scale_ptr,
     order_ptr,
     first,
     end,
@@ -111,6 +123,7 @@ def _gate_up_tile(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """silu(gate) * up of up to ROWS assignments of one slot in one block of columns."""
     assignment, row_mask = assignments_at(order_ptr, first, end, ROWS)
@@ -130,15 +143,20 @@ def _gate_up_tile(
         DEPTH,
         EVEN,
     )
+    if SCALED:
+        scales = scale_ptr + slot.to(tl.int64) * 2 * size
+        gate = scale_columns(gate, scales, columns, columns < size, SWAP)
+        up = scale_columns(up, scales + size, columns, columns < size, SWAP)
     value = gate / (1.0 + tl.exp(-gate)) * up
     store_tile(out_ptr, value, assignment, row_mask, columns, columns < size, size, SWAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _gate_up_kernel(
     x_ptr,  # [T, M]
     w_ptr,  # [P, 2 * I, M]
     out_ptr,  # [T * K, I], rows of skipped assignments are left alone
+    scale_ptr,  # [P, 2 * I] float32, read with SCALED
     order_ptr,
     begins_ptr,
     counts_ptr,
@@ -154,6 +172,7 @@ def _gate_up_kernel(
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Grid (column blocks, P) with BY_SLOT, else (column blocks * row tiles,)."""
     if BY_SLOT:
@@ -164,13 +183,13 @@ def _gate_up_kernel(
         if end - begin > FEW_ROWS:
             for first in range(begin, end, ROWS):
                 _gate_up_tile(
-                    x_ptr, w_ptr, out_ptr, order_ptr, first, end, slot, block, size, depth_size,
-                    ROWS_PER_INPUT, True, ROWS, COLUMNS, DEPTH, EVEN,
+                    x_ptr, w_ptr, out_ptr, scale_ptr, order_ptr, first, end, slot, block, size, depth_size,
+                    ROWS_PER_INPUT, True, ROWS, COLUMNS, DEPTH, EVEN, SCALED,
                 )  # fmt: skip
         elif end > begin:
             _gate_up_tile(
-                x_ptr, w_ptr, out_ptr, order_ptr, begin, end, slot, block, size, depth_size,
-                ROWS_PER_INPUT, True, FEW_ROWS, COLUMNS, DEPTH, EVEN,
+                x_ptr, w_ptr, out_ptr, scale_ptr, order_ptr, begin, end, slot, block, size, depth_size,
+                ROWS_PER_INPUT, True, FEW_ROWS, COLUMNS, DEPTH, EVEN, SCALED,
             )  # fmt: skip
     else:
         tile, block = tile_of(tl.program_id(0), num_tiles, tl.cdiv(size, COLUMNS), GROUP)
@@ -178,8 +197,8 @@ def _gate_up_kernel(
         if slot >= 0:
             end = tl.load(begins_ptr + slot) + tl.load(counts_ptr + slot)
             _gate_up_tile(
-                x_ptr, w_ptr, out_ptr, order_ptr, tile * ROWS, end, slot, block, size, depth_size,
-                ROWS_PER_INPUT, False, ROWS, COLUMNS, DEPTH, EVEN,
+                x_ptr, w_ptr, out_ptr, scale_ptr, order_ptr, tile * ROWS, end, slot, block, size, depth_size,
+                ROWS_PER_INPUT, False, ROWS, COLUMNS, DEPTH, EVEN, SCALED,
             )  # fmt: skip
 
 
@@ -188,6 +207,7 @@ def _down_tile(
     x_ptr,
     w_ptr,
     out_ptr,
+    scale_ptr,
     weights_ptr,
     order_ptr,
     first,
@@ -202,6 +222,7 @@ def _down_tile(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Weighted down projection of up to ROWS assignments of one slot in one block of columns."""
     assignment, row_mask = assignments_at(order_ptr, first, end, ROWS)
@@ -220,6 +241,8 @@ def _down_tile(
         DEPTH,
         EVEN,
     )
+    if SCALED:
+        value = scale_columns(value, scale_ptr + slot.to(tl.int64) * size, columns, columns < size, SWAP)
     weight = tl.load(weights_ptr + assignment, mask=row_mask, other=0.0)
     if SWAP:
         value *= weight[None, :]
@@ -228,11 +251,12 @@ def _down_tile(
     store_tile(out_ptr, value, assignment, row_mask, columns, columns < size, size, SWAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _down_kernel(
     x_ptr,  # [T * K, I]
     w_ptr,  # [P, M, I]
     out_ptr,  # [T * K, M], rows of skipped assignments are left alone
+    scale_ptr,  # [P, M] float32, read with SCALED
     weights_ptr,  # [T * K] float32
     order_ptr,
     begins_ptr,
@@ -249,6 +273,7 @@ def _down_kernel(
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Grid (column blocks, P) with BY_SLOT, else (column blocks * row tiles,)."""
     if BY_SLOT:
@@ -259,13 +284,13 @@ def _down_kernel(
         if end - begin > FEW_ROWS:
             for first in range(begin, end, ROWS):
                 _down_tile(
-                    x_ptr, w_ptr, out_ptr, weights_ptr, order_ptr, first, end, slot, block, size, depth_size,
-                    ROWS_PER_INPUT, True, ROWS, COLUMNS, DEPTH, EVEN,
+                    x_ptr, w_ptr, out_ptr, scale_ptr, weights_ptr, order_ptr, first, end, slot, block, size, depth_size,
+                    ROWS_PER_INPUT, True, ROWS, COLUMNS, DEPTH, EVEN, SCALED,
                 )  # fmt: skip
         elif end > begin:
             _down_tile(
-                x_ptr, w_ptr, out_ptr, weights_ptr, order_ptr, begin, end, slot, block, size, depth_size,
-                ROWS_PER_INPUT, True, FEW_ROWS, COLUMNS, DEPTH, EVEN,
+                x_ptr, w_ptr, out_ptr, scale_ptr, weights_ptr, order_ptr, begin, end, slot, block, size, depth_size,
+                ROWS_PER_INPUT, True, FEW_ROWS, COLUMNS, DEPTH, EVEN, SCALED,
             )  # fmt: skip
     else:
         tile, block = tile_of(tl.program_id(0), num_tiles, tl.cdiv(size, COLUMNS), GROUP)
@@ -273,8 +298,8 @@ def _down_kernel(
         if slot >= 0:
             end = tl.load(begins_ptr + slot) + tl.load(counts_ptr + slot)
             _down_tile(
-                x_ptr, w_ptr, out_ptr, weights_ptr, order_ptr, tile * ROWS, end, slot, block, size, depth_size,
-                ROWS_PER_INPUT, False, ROWS, COLUMNS, DEPTH, EVEN,
+                x_ptr, w_ptr, out_ptr, scale_ptr, weights_ptr, order_ptr, tile * ROWS, end, slot, block, size, depth_size,
+                ROWS_PER_INPUT, False, ROWS, COLUMNS, DEPTH, EVEN, SCALED,
             )  # fmt: skip
 
 

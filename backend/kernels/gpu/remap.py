@@ -18,13 +18,13 @@ from backend.kernels.reference.remap import select_experts
 
 __all__ = ["remap_experts", "select_experts"]
 
-_CHUNK = 1024
+_CHUNK = 2048
 _ONE = tl.constexpr(2.0**reference.FRACTION_BITS)
 _BITS = tl.constexpr(reference.FRACTION_BITS)
 _LARGEST_WEIGHT = tl.constexpr(reference.LARGEST_WEIGHT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def _demand_kernel(
     experts_ptr,  # [T, K] int64
     weights_ptr,  # [T, K] float32, read with GATE_MASS
@@ -65,7 +65,7 @@ def _demand_kernel(
     tl.store(demand_ptr + num_experts + expert, tl.max(theta, 0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _remap_kernel(
     experts_ptr,  # [T, K] int64
     weights_ptr,  # [T, K] float32

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from backend.kernels.gpu.common import power_of_2
 from backend.kernels.gpu.linear import linear
-from backend.kernels.reference.router import router_scores
 
 __all__ = ["route", "router_scores"]
 
@@ -25,7 +24,7 @@ def _softmax(logits_ptr, bias_ptr, row, expert, num_experts, BIAS: tl.constexpr)
     return raised / tl.sum(raised, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _top_k_kernel(
     logits_ptr,  # [T, E]
     bias_ptr,  # [E] float32, read with BIAS
@@ -62,6 +61,23 @@ def _top_k_kernel(
     tl.store(weights_ptr + out, weights, mask=mask)
 
 
+def router_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [T, M], weight [E, M] -> [T, E]; on a GPU in float32, since logits rounded to 16 bits are off by up to 1 %."""
+    if hidden.is_cuda and hidden.element_size() == 2:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return linear(hidden, weight)
+
+
+def router_scores(
+    hidden: Tensor,  # [T, M]
+    weight: Tensor,  # [E, M]
+    bias: Tensor | None,  # [E] float32, as in `route`
+) -> Tensor:
+    """The probabilities [T, E] in float32 that `route` chooses by."""
+    logits = router_logits(hidden, weight).float()
+    return torch.softmax(logits if bias is None else logits + bias, dim=-1)
+
+
 def route(
     hidden: Tensor,  # [T, M]
     weight: Tensor,  # [E, M]
@@ -73,7 +89,7 @@ def route(
 
     `renormalize` makes a token's weights sum to 1. Returns experts [T, K] int64 and weights [T, K] float32.
     """
-    logits = linear(hidden, weight)
+    logits = router_logits(hidden, weight)
     num_tokens, num_experts = logits.shape
     experts = torch.empty(num_tokens, top_k, dtype=torch.int64, device=hidden.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=hidden.device)

@@ -9,9 +9,11 @@ from backend.kernels.reference.remap import remap_experts, select_experts
 from backend.kernels.reference.rmsnorm import add_rms_norm, rms_norm
 from backend.kernels.reference.rope import apply_rope
 from backend.kernels.reference.router import route, router_scores
+from backend.kernels.reference.shared_slots import add_shared_slots
 
 __all__ = [
     "add_rms_norm",
+    "add_shared_slots",
     "apply_rope",
     "decode_attention",
     "grouped_experts_forward",

@@ -1,0 +1,47 @@
+"""Small tensors between host and device without the host waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Parts of a packed copy begin at multiples of this: kernels read 16 bytes at once.
+_ALIGNMENT = 16
+
+
+class HostCopy:
+    """A tensor on its way to the host: begun now, in the order of the device's work; read when it is needed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        """The values; waits until the device has come to the copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Contiguous arrays as tensors of the same types and shapes, in one copy."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for part, array in zip(packed.split(sizes), arrays, strict=True):
+        part[: array.nbytes].copy_(torch.from_numpy(array).reshape(-1).view(torch.uint8))
+    # The allocator of pinned memory hands it out again only when the copy has been made.
+    parts = packed.to(device, non_blocking=True).split(sizes)
+    return [
+        part[: array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for part, array in zip(parts, arrays, strict=True)
+    ]

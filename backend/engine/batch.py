@@ -7,9 +7,9 @@ from array import array
 import numpy as np
 import torch
 
-from backend.engine.host_copy import to_device
 from backend.engine.request import NEVER
 from backend.engine.scheduler import Schedule
+from backend.kernels.transfer import to_device
 from backend.models.forward_batch import ForwardBatch
 
 

@@ -50,9 +50,7 @@ class CudaGraph:
             function()
         torch.cuda.current_stream().wait_stream(self._stream)
         # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(
-            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:

@@ -22,7 +22,6 @@ from backend.brownout.settings import Available, Settings
 from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
 from backend.engine.block_manager import BlockManager
-from backend.engine.host_copy import HostCopy
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner, resolve_async_scheduling
 from backend.engine.penalties import SampleRow
@@ -32,6 +31,7 @@ from backend.engine.sampler import Sampled, Sampling
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import InvalidRequestError, UnavailableError
+from backend.kernels.transfer import HostCopy
 
 Event = TokenOutput | RequestEnded
 

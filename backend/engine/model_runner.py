@@ -12,12 +12,12 @@ from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.engine.batch import build_batch
 from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
-from backend.engine.host_copy import HostCopy
 from backend.engine.request import Request
 from backend.engine.sampling_params import SamplingParams
 from backend.engine.scheduler import Schedule
 from backend.errors import ConfigError
 from backend.kernels import check_attention, has_triton
+from backend.kernels.transfer import HostCopy
 from backend.models import load_model
 from backend.models.attention import KVCache
 from backend.models.forward_batch import ForwardBatch
@@ -213,7 +213,9 @@ def check_expert_dtype(expert_dtype: str, device: torch.device) -> None:
     """Raise ConfigError if the device cannot multiply experts of this type."""
     if expert_dtype == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"parameter expert_dtype is fp8, which needs compute capability 8.9, but {name} has less; use auto")
+        raise ConfigError(
+            f"parameter expert_dtype is fp8, which needs compute capability 8.9, but {name} has less; use auto"
+        )
 
 
 def resolve_async_scheduling(setting: str, device: torch.device) -> bool:

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.engine.host_copy import HostCopy
 from backend.engine.penalties import SampleRow, penalised
 from backend.engine.sampling_params import SamplingParams
+from backend.kernels.transfer import HostCopy
 
 __all__ = ["SampleRow", "Sampled", "Sampling", "sample", "uniform"]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 
+
 class ExpertWeights:
     """w13 [P, 2 * I, M] (gate rows above up rows) and w2 [P, M, I] for P slots."""
 

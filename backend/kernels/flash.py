@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from backend.kernels.transfer import to_device
 
 #: flash-attn reads paged caches whose blocks hold a multiple of this many tokens.
 BLOCK_MULTIPLE = 256
@@ -45,8 +48,7 @@ def decode_attention(
 @lru_cache(maxsize=4)
 def _starts(lens: tuple[int, ...], device: torch.device) -> Tensor:
     """[S + 1] int32, first row of each sequence. Every layer of a step asks alike."""
-    host = torch.tensor([0, *accumulate(lens)], dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    return to_device([np.array([0, *accumulate(lens)], np.int32)], device)[0]
 
 
 def prefill_attention(

@@ -14,9 +14,8 @@ from backend.kernels.reference.remap import BY_TOKEN
 from backend.models.config import ModelConfig
 from backend.models.layers import Backing, GatedMLP, Linear, NamedWeight
 
-
 #: Rows up to which a folded shared expert runs as slots: then launches matter. Many rows belong to plain matrix products.
-_FOLDED_ROWS = 256
+FOLDED_ROWS = 256
 
 
 @dataclass
@@ -31,6 +30,12 @@ class Replacement:
     similarity_min: Tensor
     mechanism: str = "united"
     ranking: str = "count"
+
+
+def num_folded(config: ModelConfig) -> int:
+    """Slots that a folded shared expert takes; 0 if there is none or its size is not a multiple of an expert's."""
+    size = config.shared_expert_size
+    return 0 if size % config.expert_size else size // config.expert_size
 
 
 class MoeBlock:
@@ -124,7 +129,7 @@ class MoeBlock:
         slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens)
         self.last_slots = slots
         stored = self.experts
-        folded = self.shared_slots if len(x) <= _FOLDED_ROWS else None
+        folded = self.shared_slots if len(x) <= FOLDED_ROWS else None
         if folded is not None and self.shared_gate is not None:
             gate, count = self.shared_gate.weight, self.num_shared_slots
             slots, weights = self.kernels.add_shared_slots(x, gate, slots, weights, folded.start, count, num_tokens)

@@ -1,8 +1,12 @@
-"""All benchmarks in one run: correctness first, then kernels, host path, engine with and without brownout, and server."""
+"""All benchmarks in one run: correctness first, then kernels, engine with and without brownout, server, and host path.
+
+`--device interpreter` runs the GPU kernels in Triton's interpreter, to see without a GPU that all of it works.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +16,29 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.brownout.settings import Settings
-from backend.engine.model_runner import resolve_device
+from backend.errors import ConfigError
 from backend.kernels import kernels_for
 from backend.models.dummy import SHAPES
 from loadtest.bench import engine, kernels, options, scheduler, server
 from loadtest.bench.budget import Budget
+from loadtest.bench.interpreter import INTERPRETER, kernels_on
 from loadtest.bench.workload import Workload, machine, write_json
 
 HELP = "all of them, correctness first"
 #: Engine points beside no brownout: way and threshold of both phases.
 BROWNOUT_POINTS = ((2, 0.0), (4, 0.2), (8, 0.4), (8, 0.0))
 #: Share of what is left of the budget that each part may take, in order; what it leaves goes to the later ones.
-_SHARES = {"kernels": 0.3, "scheduler": 0.3, "engine": 0.7, "server": 1.0}
+_SHARES = {"kernels": 0.3, "engine": 0.6, "engine, skewed routing": 0.6, "server": 0.7, "scheduler": 1.0}
+SKEWED = "zipf:1"
+#: What the targets of a GPU are for, and what an interpreter gets through.
+_GPU_WORK = Workload(requests=64, prompt_tokens=448, new_tokens=128)
+_INTERPRETED_WORK = Workload(requests=2, prompt_tokens=6, new_tokens=4)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="default: cpu-m, on a GPU qwen1.5-moe-a2.7b")
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), help="default: cpu-m, on a GPU qwen1.5-moe-a2.7b, interpreted tiny"
+    )
     options.add_workload(parser)
     options.add_place(parser)
     engine.add_peer(parser)
@@ -38,22 +49,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    device = resolve_device(args.device)
-    shape = args.shape or ("cpu-m" if device.type == "cpu" else "qwen1.5-moe-a2.7b")
-    result = run(
-        shape=shape,
-        work=options.workload_of(args),
-        device=device,
-        dtype=args.dtype,
-        runs=args.runs,
-        peers=args.peer,
-        budget=Budget(args.budget),
-        write=lambda partial: write_json(args.json, partial),
-        console=console,
-    )
+    with kernels_on(args.device) as device:
+        kind = INTERPRETER if args.device == INTERPRETER else device.type
+        shapes = {"cpu": "cpu-m", INTERPRETER: "tiny"}
+        result = run(
+            shape=args.shape or shapes.get(kind, "qwen1.5-moe-a2.7b"),
+            work=_work(args, kind),
+            device=device,
+            dtype=args.dtype,
+            runs=args.runs,
+            peers=args.peer,
+            skewed=kind != "cpu",
+            budget=Budget(args.budget),
+            write=lambda partial: write_json(args.json, partial),
+            console=console,
+        )
     console.print(summary(result))
     console.print(f"Wrote {args.json}.")
     return 0 if result["ok"] else 1
+
+
+def _work(args: argparse.Namespace, kind: str) -> Workload:
+    """As asked for; where nothing is, what suits the device."""
+    given = options.workload_of(args)
+    default = {"cpu": given, INTERPRETER: _INTERPRETED_WORK}.get(kind, _GPU_WORK)
+    return default if given == options.DEFAULT_WORK else given
 
 
 def run(
@@ -64,13 +84,14 @@ def run(
     dtype: str,
     runs: int,
     peers: list,
+    skewed: bool = False,
     budget: Budget,
     write: Callable[[dict], None],
     console: Console,
 ) -> dict:
     """Run the parts in turn; one that fails or finds the budget spent is entered with the reason, and the next one begins.
 
-    `write` is called with the result whenever it has grown. `ok`: nothing failed and every kernel is right.
+    With `skewed` the engine is also measured with skewed routing, without peers. `write` is called with the result whenever it has grown. `ok`: nothing failed and every kernel is right.
     """
     result: dict = {"shape": shape, "workload": work, "machine": machine(), "ok": True}
     checkpoint = f"dummy:{shape}"
@@ -89,6 +110,9 @@ def run(
                 result[name] = {**_as_dict(result.get(name)), "error": f"{type(error).__name__}: {error}"}
                 console.print(f"{name}: {error}", style="red", markup=False)
         result.setdefault("seconds", {})[name] = time.monotonic() - started
+        gc.collect()  # an engine of the part before
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         write(result)
 
     def enter(name: str) -> Callable[[object], None]:
@@ -112,41 +136,69 @@ def run(
             enter("scheduler")(report)
         console.print(scheduler.table(report))
 
-    def measure_engine(limit: Budget) -> None:
+    def measure_engine(name: str, routing: str, beside: list) -> Callable[[Budget], None]:
         points = {
             f"{way}-way, threshold {threshold:g}": Settings(
                 threshold_prefill=threshold, threshold_decode=threshold, way=way
             )
             for way, threshold in BROWNOUT_POINTS
         }
-        measured = engine.run(
-            checkpoint=checkpoint,
-            work=work,
-            settings=Settings(),
-            device=str(device),
-            dtype=dtype,
-            runs=runs,
-            peers=peers,
-            points=points,
-            profile=True,
-            budget=limit,
-            write=enter("engine"),
-        )
-        result["ok"] &= not any("error" in peer for peer in measured.get("peers", {}).values())
-        engine.show(measured, checkpoint, console)
+
+        def measure(limit: Budget) -> None:
+            measured = engine.run(
+                checkpoint=checkpoint,
+                work=work,
+                settings=Settings(),
+                device=str(device),
+                dtype=dtype,
+                routing=routing,
+                runs=runs,
+                peers=beside,
+                points=points,
+                profile=True,
+                kernel_profile=True,
+                budget=limit,
+                write=enter(name),
+            )
+            result["ok"] &= not any("error" in peer for peer in measured.get("peers", {}).values())
+            add_floors(measured, result.get("kernels"))
+            enter(name)(measured)
+            engine.show(measured, f"{checkpoint}, routing {routing}", console)
+
+        return measure
 
     def measure_server(limit: Budget) -> None:
-        measured = server.run(
-            checkpoint=checkpoint, work=work, dtype=dtype, device=str(device), runs=runs, budget=limit
-        )
+        try:
+            measured = server.run(
+                checkpoint=checkpoint, work=work, dtype=dtype, device=str(device), runs=runs, budget=limit
+            )
+        except (ConfigError, ImportError) as error:  # not every machine has what a server needs
+            measured = {"skipped": f"{type(error).__name__}: {error}"}
         enter("server")(measured)
 
     part("kernels", measure_kernels)
-    part("scheduler", measure_scheduler)
-    part("engine", measure_engine)
+    part("engine", measure_engine("engine", "uniform", peers))
+    if skewed:
+        part("engine, skewed routing", measure_engine("engine, skewed routing", SKEWED, []))
     part("server", measure_server)
+    part("scheduler", measure_scheduler)
     write(result)
     return result
+
+
+def add_floors(measured: dict, report: object) -> None:
+    """To the engine's figures the least time of a decode step at the bandwidth that was measured, and the step's over it."""
+    if not isinstance(report, kernels.KernelReport) or not report.floors:
+        return
+    floors = next(iter(report.floors.values()))
+    for figures in (measured, *measured.get("points", {}).values()):
+        tokens_per_s = measured["decode_tokens_per_s"]
+        if figures is not measured and "median" in figures:
+            tokens_per_s = figures["median"].decode_tokens_per_s
+        if "decode_step_bytes" in figures:
+            floor_s = figures["decode_step_bytes"] / floors.bytes_per_s
+            figures["decode_floor_ms"] = floor_s * 1e3
+            figures["decode_step_over_floor"] = measured["workload"].requests / tokens_per_s / floor_s
 
 
 def _as_dict(partial: object) -> dict:
@@ -159,7 +211,8 @@ def summary(result: dict) -> Table:
     for name in ("part", "result"):
         table.add_column(name)
     for name in _SHARES:
-        table.add_row(name, _line(name, result.get(name, {})))
+        if name in result:
+            table.add_row(name, _line(name, result[name]))
     return table
 
 
@@ -178,8 +231,10 @@ def _line(name: str, part: object) -> str:
         ]
         return "scheduler and batch: " + "; ".join(costs)
     assert isinstance(part, dict)
-    if name == "engine":
+    if name.startswith("engine"):
         lines = [f"decode {part['decode_tokens_per_s']:.0f}, prefill {part['prefill_tokens_per_s']:.0f} tokens/s"]
+        if "decode_step_over_floor" in part:
+            lines[0] += f", decode step {part['decode_step_over_floor']:.2f} × its floor"
         for kind, label in (("points", "{}: decode {:.2f} × ours without"), ("peers", "decode {1:.2f} × {0}")):
             for other, figures in part.get(kind, {}).items():
                 if reason := engine.not_measured(figures):

@@ -10,6 +10,9 @@ from backend.models.dummy import PREFIX, SHAPES
 from loadtest.bench.budget import budget_seconds
 from loadtest.bench.workload import Workload
 
+#: What is measured unless something else is asked for.
+DEFAULT_WORK = Workload(requests=32, prompt_tokens=128, new_tokens=128)
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
@@ -65,10 +68,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=positive, default=32, help="requests at once (default %(default)s)")
-    parser.add_argument("--prompt-tokens", type=positive, default=128, help="per request (default %(default)s)")
     parser.add_argument(
-        "--new-tokens", type=at_least_two, default=128, help="made per request, at least 2 (default %(default)s)"
+        "--requests", type=positive, default=DEFAULT_WORK.requests, help="requests at once (default %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=DEFAULT_WORK.prompt_tokens, help="per request (default %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=at_least_two,
+        default=DEFAULT_WORK.new_tokens,
+        help="made per request, at least 2 (default %(default)s)",
     )
 
 

@@ -36,9 +36,7 @@ def replayed(function: Callable[..., object]) -> Callable[..., object]:
     return call
 
 
-def median_s(
-    calls: Sequence[Callable[[], object]], device: torch.device, runs: int, capture: bool = True
-) -> float:
+def median_s(calls: Sequence[Callable[[], object]], device: torch.device, runs: int, capture: bool = True) -> float:
     """Median seconds of one call over `runs` measurements.
 
     `calls` are the same operation on different copies of its operands, called in turn, so that no copy is still in the caches

@@ -34,3 +34,29 @@ def test_widened_experts_compute_the_same() -> None:
     assert (store.expert_size, store.w13.shape, store.w2.shape) == (15, (3, 30, 8), (3, 8, 15))
     found = grouped_experts_forward(hidden, store.w13, store.w2, slots, weights)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_quantised_weights_have_a_factor_for_each_row() -> None:
+    torch.manual_seed(0)
+    store = ExpertWeights(2, 8, 5, torch.float32, torch.device("cpu"))
+    factors = torch.logspace(-6, 3, 8)
+    store.w13.normal_()
+    store.w2.copy_(torch.randn(2, 8, 5) * factors.unsqueeze(1))
+    store.w2[1, 3] = 0.0
+    before, num_bytes = store.w2.clone(), store.num_bytes
+    store.quantize()
+    assert store.w2.dtype == torch.float8_e4m3fn and store.scales is not None
+    assert store.scales[0].shape == (2, 10) and store.scales[1].shape == (2, 8)
+    restored = store.w2.float() * store.scales[1].unsqueeze(2)
+    # Half of the last of 3 bits, and where numbers are small against the row's largest a step of the smallest ones.
+    allowed = before.abs() / 16 + before.abs().amax(2, keepdim=True) / 2**17
+    assert ((restored - before).abs() <= allowed).all() and restored[1, 3].eq(0).all()
+    assert store.num_bytes < num_bytes
+
+
+def test_appended_slots_come_last() -> None:
+    store = ExpertWeights(2, 8, 5, torch.float32, torch.device("cpu"))
+    first = store.w13.normal_().clone()
+    w13, w2 = torch.randn(3, 10, 8), torch.randn(3, 8, 5)
+    assert store.append(w13, w2) == slice(2, 5)
+    assert torch.equal(store.w13[:2], first) and torch.equal(store.w13[2:], w13) and torch.equal(store.w2[2:], w2)

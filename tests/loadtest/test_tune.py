@@ -55,3 +55,18 @@ def test_the_command_says_what_is_wrong(capsys, options: list[str], status: int,
     tune.add_options(parser)
     assert tune.main(parser.parse_args(options), Console()) == status
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+def test_tuning_runs_to_its_end_on_interpreted_kernels(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    few = {"decode": TileConfig(16, 32, 32), "prefill": TileConfig(64, 64, 32)}
+    monkeypatch.setattr(tune, "candidates", lambda shape, kernel, rows: [few[shape.phase]] if rows < 128 else [])
+    parser = argparse.ArgumentParser()
+    tune.add_options(parser)
+    options = ["--device", "interpreter", "--shape", "tiny", "--tokens", "3", "--united-ways", "4"]
+    args = parser.parse_args([*options, "--folder", str(tmp_path), "--budget-s", "20"])
+    assert tune.main(args, Console(quiet=True)) == 0
+    shape = ExpertShape(12, 32, 16, 3, 4, "bfloat16", "interpreter")
+    assert set(expert_tiles(shape, tmp_path)) == {"gate_up", "down"}
+    assert len(list(tmp_path.iterdir())) == 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from backend.kernels.gpu.common import dot, power_of_2
+from backend.kernels.transfer import to_device
 
 #: Rows (queries times query heads of a KV head) of a program, and keys that it takes at a time.
 _ROWS = 128
@@ -140,8 +142,7 @@ def _tiles(
             tiles.append((seq, row + first, context - n + first, min(queries, n - first)))
         row += n
     tiles.sort(key=lambda tile: -tile[2])
-    host = torch.tensor(tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return len(tiles), host.to(device, non_blocking=True)
+    return len(tiles), to_device([np.array(tiles, np.int32).reshape(-1, 4)], device)[0]
 
 
 def prefill_attention(

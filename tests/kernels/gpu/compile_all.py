@@ -21,6 +21,7 @@ from backend.kernels import gpu
 from backend.kernels.gpu import attention_prefill
 from backend.kernels.gpu.attention_decode import attend_in_splits
 from backend.models.dummy import PREFIX, raw_config
+from backend.models.moe import num_folded
 from backend.models.registry import parse_config
 
 BLOCK_SIZE, NUM_BLOCKS, TABLE = 16, 1024, 256
@@ -32,19 +33,36 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_all(shape: str) -> None:
+def launch_all(shape: str, architecture: int) -> None:
     """What a decode step and a prefill step of the model launch."""
     config = parse_config(raw_config(PREFIX + shape))
     hidden, heads, groups, dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     num_experts, size, top_k = config.num_experts, config.expert_size, config.top_k
     slots = num_experts + num_experts // 8
+    shared = num_folded(config)
     w13, w2 = meta(slots, 2 * size, hidden), meta(slots, hidden, size)
     cache = meta(NUM_BLOCKS, BLOCK_SIZE, groups, dim)
-    long = {"dtype": torch.int64}
+    long, wide = {"dtype": torch.int64}, {"dtype": torch.float32}
     for rows in (*DECODE_ROWS, PREFILL_ROWS):
         gpu.grouped_experts_forward(
             meta(rows, hidden), w13, w2, meta(rows, top_k, **long), meta(rows, top_k, dtype=torch.float32)
         )
+        if architecture >= 89:  # experts in 8 bits
+            eight = [meta(*w.shape, dtype=torch.float8_e4m3fn) for w in (w13, w2)]
+            scales = (meta(slots, 2 * size, **wide), meta(slots, hidden, **wide))
+            gpu.grouped_experts_forward(
+                meta(rows, hidden), *eight, meta(rows, top_k, **long), meta(rows, top_k, **wide), scales
+            )
+        if shared:
+            gpu.add_shared_slots(
+                meta(rows, hidden),
+                meta(1, hidden),
+                meta(rows, top_k, **long),
+                meta(rows, top_k, **wide),
+                slots,
+                shared,
+                meta(dtype=torch.int32),
+            )
     for rows in (DECODE_ROWS[0], DECODE_ROWS[-1], PREFILL_ROWS):  # a size of 1 is a constant to the compiler
         x = meta(rows, hidden)
         gpu.add_rms_norm(x, x, meta(hidden), 1e-6)
@@ -79,7 +97,7 @@ def launch_all(shape: str) -> None:
 
 def main(shape: str, architecture: str) -> None:
     with CompileOnly(int(architecture)) as compiled:
-        launch_all(shape)
+        launch_all(shape, int(architecture))
     print(json.dumps([asdict(kernel) for kernel in compiled]))
 
 

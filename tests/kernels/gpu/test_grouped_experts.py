@@ -68,6 +68,23 @@ def test_rows_that_are_skipped_do_not_spoil_their_neighbours(run, assert_near, p
     assert torch.equal(out[2], torch.zeros(20))
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_weights_with_a_factor_for_each_output_row(run, assert_near, phase: str, stored: torch.dtype) -> None:
+    if stored.itemsize == 1 and run.where != "interpreter" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit floating point")
+    hidden, w13, w2 = make(9, 3, 48, 20, torch.float16)
+    w13, w2 = w13.to(stored), w2.to(stored)
+    scales = torch.rand(3, 40) + 0.5, torch.rand(3, 48) + 0.5
+    slots, weights = torch.randint(-1, 3, (9, 2)), torch.rand(9, 2)
+    args = (hidden, w13, w2, slots, weights)
+    out, _ = run(run_with_tiles, *args, phase, TILES, scales)
+    wide = (hidden.double(), w13.double() * scales[0].unsqueeze(2), w2.double() * scales[1].unsqueeze(2))
+    assert_near(out, reference.grouped_experts_forward(*wide, slots, weights))
+    with_scales = reference.grouped_experts_forward(hidden.double(), w13, w2, slots, weights, scales)
+    torch.testing.assert_close(with_scales, reference.grouped_experts_forward(*wide, slots, weights))
+
+
 @pytest.mark.parametrize("tile", [1, 8])
 @pytest.mark.parametrize(("assignments", "num_slots"), [(1, 1), (30, 7), (1100, 5)])
 def test_align_lists_each_slots_assignments_in_order(run, assignments: int, num_slots: int, tile: int) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from backend.errors import ConfigError
 from loadtest.bench import engine, everything, kernels, scheduler, server
+from loadtest.bench.__main__ import main
 from loadtest.bench.budget import Budget
 from loadtest.bench.workload import Workload, write_json
 
@@ -71,6 +73,39 @@ def test_a_part_that_fails_does_not_stop_the_others(quick_parts, tmp_path):
     console.print(everything.summary(result))
     text = console.export_text()
     assert "no Triton server here" in text and "8-way: not loaded" in text and "1.50" in text
+
+
+def test_a_machine_without_a_server_is_no_failure(quick_parts, monkeypatch, tmp_path):
+    def none_here(**_):
+        raise ConfigError("no Triton server is installed")
+
+    monkeypatch.setattr(server, "run", none_here)
+    result = run(tmp_path / "all.json", Budget())
+    assert result["ok"] and "no Triton server is installed" in result["server"]["skipped"]
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+def test_everything_runs_to_its_end_on_interpreted_gpu_kernels(monkeypatch, tmp_path):
+    """What is done on a GPU, at sizes and with times that say nothing."""
+    pytest.importorskip("triton")
+    from backend.kernels import gpu
+
+    used = []
+    grouped = gpu.grouped_experts_forward
+    monkeypatch.setattr(gpu, "grouped_experts_forward", lambda *args: (used.append(1), grouped(*args))[1])
+    monkeypatch.setattr(server, "run", lambda **_: {"ratio": 1.0})
+    monkeypatch.setattr(
+        scheduler,
+        "measure",
+        lambda **_: iter([scheduler.SchedulerReport(running=1, waiting=1, prompt_tokens=1, vocab=1, machine={})]),
+    )
+    path = tmp_path / "all.json"
+    assert main(["all", "--device", "interpreter", "--runs", "1", "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert used and written["ok"] and written["kernels"]["complete"]
+    for name in ("engine", "engine, skewed routing"):
+        assert written[name]["decode_step_over_floor"] > 0 and written[name]["decode_kernels"]
+        assert len(written[name]["points"]) == 4 and all("ratio" in p for p in written[name]["points"].values())
 
 
 def test_parts_without_time_are_skipped(quick_parts, tmp_path):

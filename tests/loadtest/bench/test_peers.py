@@ -8,10 +8,12 @@ import psutil
 import pytest
 
 from backend.brownout.settings import Settings
+from backend.config import EngineConfig
 from loadtest.bench import engine, peer_process
 from loadtest.bench.__main__ import main
+from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.peer_process import DRIVERS, PeerError, PeerProcess, PeerSpec, peer_spec
-from loadtest.bench.peers import tokens_equal
+from loadtest.bench.peers import TransformersPeer, tokens_equal
 from loadtest.bench.workload import Workload
 
 PROMPTS = [[1, 2], [3, 4]]
@@ -148,6 +150,14 @@ def test_peer_that_fails_half_way_is_dropped(start, monkeypatch):
         peers=[PeerSpec("fake", sys.executable)],
     )
     assert "out of luck" in result["peers"]["fake"]["error"] and len(result["runs"]) == 2
+
+
+def test_transformers_makes_our_tokens_from_our_own_weights():
+    engine_options = {"checkpoint": "dummy:tiny", "dtype": "float32", "device": "cpu", "max_model_len": 32}
+    ours = OurEngine(EngineConfig(**engine_options))
+    peer = TransformersPeer.of_model(ours.engine.runner.model, "dummy:tiny")
+    prompts = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert peer.run(prompts, 6).tokens == ours.run(prompts, 6).tokens
 
 
 @pytest.mark.parametrize("text", ["vllm", "other=/bin/sh", "vllm=", "vllm=/no/such/python", "vllm=/tmp"])

@@ -19,7 +19,7 @@ class HostCopy:
         self._event = None
         self._host = tensor
         if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host = host_buffer(tensor.shape, tensor.dtype)
             self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -31,12 +31,17 @@ class HostCopy:
         return self._host.numpy()
 
 
+def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Pinned memory: a GPU reads and writes it while the host goes on."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Contiguous arrays as tensors of the same types and shapes, in one copy."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
-    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    packed = host_buffer((sum(sizes),), torch.uint8)
     for part, array in zip(packed.split(sizes), arrays, strict=True):
         part[: array.nbytes].copy_(torch.from_numpy(array).reshape(-1).view(torch.uint8))
     # The allocator of pinned memory hands it out again only when the copy has been made.

@@ -1,0 +1,160 @@
+"""Steps of the engine on stand-ins for tensors of a GPU: they have a device, a type and a shape, but no values.
+
+Whatever would meet a tensor on another device, or make the host wait for the device to read a value, is an error there; only
+`HostCopy` may wait. Kernels in the Triton language are not run, only looked at what they are launched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
+
+from triton.runtime.interpreter import InterpretedFunction
+
+from backend.brownout.settings import Settings
+from backend.config import EngineConfig
+from backend.engine import model_runner
+from backend.engine.engine import Engine
+from backend.engine.request import Request
+from backend.engine.sampling_params import SamplingParams
+from backend.kernels import transfer
+from backend.kernels.gpu import attention_prefill, router
+from backend.kernels.transfer import HostCopy
+from backend.models import dummy
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the engine itself is tested on it")
+
+
+class Repeat:
+    """A graph that calls its function again."""
+
+    def capture(self, function):
+        self.function, self.result = function, function()
+        return self.result
+
+    def replay(self) -> None:
+        self.result.copy_(self.function())
+
+
+class NoHiddenCopies(TorchDispatchMode):
+    """Copies to the host must be those that the host does not wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name == "copy_" and args[0].device.type == "cpu" and args[1].device.type == "cuda":
+            non_blocking = args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking", False)
+            assert non_blocking, "a copy to the host that waits"
+        if name == "_to_copy" and args[0].device.type == "cuda":
+            assert result.device.type == "cuda", "a copy to the host"
+        return result
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Iterator[SimpleNamespace]:
+    """A GPU without values; counts launches, and how often the host waits."""
+    seen = SimpleNamespace(launches=0, waits=0)
+
+    def launch(_, *args, grid, warmup, **options) -> None:
+        tensors = [value for value in (*args, *options.values()) if isinstance(value, torch.Tensor)]
+        assert tensors and {tensor.device.type for tensor in tensors} == {"cuda"}
+        assert all(count > 0 for count in grid), "an empty grid"
+        seen.launches += 1
+
+    def values(copy: HostCopy) -> np.ndarray:
+        seen.waits += 1
+        return np.ones(copy._host.shape, np.int64)
+
+    def check_device(device: torch.device) -> None:
+        assert device.index is not None, "torch takes no other"
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    for name, stand_in in {
+        "device_count": lambda: 1,
+        "set_device": check_device,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda _: (2**32, 2**33),
+        "get_device_name": lambda _: "stand-in",
+        "get_device_properties": lambda _: properties,
+        "Event": lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(InterpretedFunction, "run", launch)
+    monkeypatch.setattr(HostCopy, "numpy", values)
+    monkeypatch.setattr(model_runner, "cuda_graphs", lambda: Repeat)
+    monkeypatch.setattr(transfer, "host_buffer", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    # Values are not made, and there is no generator for a device that is not there.
+    monkeypatch.setattr(dummy, "fill", lambda *_: None)
+    monkeypatch.setattr(dummy, "fill_brownout", lambda *_: None)
+    # torch says nothing of the shape of this product's result.
+    monkeypatch.setattr(router.torch, "mm", lambda a, b, out_dtype: (a @ b).to(out_dtype), raising=True)
+    attention_prefill._tiles.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), NoHiddenCopies():
+        yield seen
+    attention_prefill._tiles.cache_clear()
+
+
+def make_engine(**options: object) -> Engine:
+    sizes = {"max_model_len": 128, "max_running": 6, "max_batch_tokens": 64}
+    return Engine(EngineConfig(checkpoint="dummy:tiny", device="cuda", **sizes, **options))
+
+
+def add(engine: Engine, number: int, **params: object) -> None:
+    params = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True, **params}
+    engine.add(Request(number, [1 + number] * (5 + 30 * number), SamplingParams(**params)))
+
+
+KINDS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+    {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("mechanism", [None, "drop", "top_k", "piggyback"])
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_a_step_stays_on_the_device_and_waits_once(gpu, graphs: str, mechanism: str | None) -> None:
+    engine = make_engine(cuda_graphs=graphs)
+    assert engine.overlap and engine.runner.device == torch.device("cuda", 0)
+    if mechanism is not None:
+        engine.set_settings(Settings(threshold_prefill=0.5, threshold_decode=0.5, mechanism=mechanism))
+    for number, params in enumerate(KINDS):
+        add(engine, number, **params)
+    steps = 0
+    while engine.has_work:
+        waits, launches = gpu.waits, gpu.launches
+        engine.step()
+        steps += 1
+        assert gpu.waits - waits <= (1 if mechanism is None else 2), "tokens, and what brownout replaced"
+        assert steps < 30
+    assert steps >= 6 and gpu.launches > launches >= 0
+
+
+def test_experts_in_eight_bits_are_made_on_the_device(gpu, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    engine = make_engine(expert_dtype="fp8")
+    experts = engine.runner.model.moe_block(0).experts
+    assert experts.w13.dtype == experts.w2.dtype == torch.float8_e4m3fn
+    assert {part.device.type for part in (experts.w13, experts.w2, *experts.scales)} == {"cuda"}
+    add(engine, 0)
+    while engine.has_work:
+        engine.step()
+
+
+def test_the_stand_in_notices_what_it_is_there_for(gpu) -> None:
+    there = torch.zeros(3, device="cuda")
+    with pytest.raises(DataDependentOutputException):
+        there[0].item()
+    with pytest.raises(RuntimeError, match="device"):
+        there + torch.zeros(3)
+    with pytest.raises(AssertionError, match="to the host"):
+        there.cpu()

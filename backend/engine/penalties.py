@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backend.engine.sampling_params import SamplingParams
+from backend.kernels.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -47,10 +48,10 @@ def penalised(x: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     flat = x.clone().view(-1)
     for change, places in changes:
         if places is not None:
-            where, terms = (torch.from_numpy(array).to(x.device, non_blocking=True) for array in places)
+            where, terms = to_device(places, x.device)
             flat[where] = change(flat[where], terms)
     if ends:
-        flat.index_fill_(0, torch.tensor(ends).to(x.device, non_blocking=True), -torch.inf)
+        flat.index_fill_(0, to_device([np.array(ends, np.int64)], x.device)[0], -torch.inf)
     return flat.view_as(x)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from backend.engine.penalties import SampleRow, penalised
 from backend.engine.sampling_params import SamplingParams
-from backend.kernels.transfer import HostCopy
+from backend.kernels.transfer import HostCopy, to_device
 
 __all__ = ["SampleRow", "Sampled", "Sampling", "sample", "uniform"]
 
@@ -84,7 +84,7 @@ class Sampling:
                 chosen.append(_choose(kind, penalised(_take(logits, tile), tile_rows), tile_rows))
         tokens = torch.cat(chosen)
         if len(groups) > 1:
-            tokens = tokens[_to_device(np.argsort(order), torch.int64, logits)]
+            tokens = tokens[_to_device(np.argsort(order), np.int64, logits)]
         self.tokens = tokens
         reported = [i for i, row in enumerate(rows) if row.need_logprob or row.params.logprobs is not None]
         self._reported = list(_tiles(reported, logits)) if reported else []
@@ -145,12 +145,12 @@ def _take(logits: Tensor, indices: list[int]) -> Tensor:
     """Rows of logits: a view where they are neighbours, else a copy."""
     if indices[-1] - indices[0] + 1 == len(indices):
         return logits[indices[0] : indices[-1] + 1]
-    return logits.index_select(0, _to_device(indices, torch.int64, logits))
+    return logits.index_select(0, _to_device(indices, np.int64, logits))
 
 
-def _to_device(values: object, dtype: torch.dtype, like: Tensor) -> Tensor:
+def _to_device(values: object, dtype: type[np.generic], like: Tensor) -> Tensor:
     """A small host list as a tensor; the copy to a GPU does not wait for it."""
-    return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
+    return to_device([np.ascontiguousarray(values, dtype)], like.device)[0]
 
 
 def _sampled(token: int) -> Sampled:
@@ -173,7 +173,7 @@ def _choose(kind: int, x: Tensor, rows: list[SampleRow]) -> Tensor:
             (uniform(r.seed, r.position), 1 / r.params.temperature, r.params.top_k, r.params.top_p, r.params.min_p)
             for r in rows
         ]
-        columns = _to_device(settings, torch.float64, x).unsqueeze(-1).unbind(1)
+        columns = _to_device(settings, np.float64, x).unsqueeze(-1).unbind(1)
         if kind == _PLAIN:
             tokens = _sample_all(x, best, *columns[:2])
         elif kind == _TOP_K:

@@ -400,5 +400,5 @@ def test_a_gpu_row_does_not_depend_on_its_neighbours_and_the_host_waits_once() -
             together = sample(logits, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(caught) == 1
+    assert not caught, "the host waits only when the tokens are read"
     assert together == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]

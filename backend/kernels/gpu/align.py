@@ -11,6 +11,8 @@ from backend.kernels.gpu.common import power_of_2
 
 #: Assignments that a program looks at together: a prefill step has tens of thousands, and every program sees them all.
 _CHUNK = 4096
+#: One for each thread: then none counts the same assignment as another.
+_LEAST_CHUNK = 128
 
 
 @triton.jit(do_not_specialize=["num_assignments", "num_tiles"])
@@ -80,7 +82,7 @@ def align(slots: Tensor, num_slots: int, tile: int) -> tuple[Tensor, Tensor, Ten
         num_slots,
         num_tiles,
         TILE=tile,
-        CHUNK=min(_CHUNK, power_of_2(num_assignments)),
+        CHUNK=min(_CHUNK, max(_LEAST_CHUNK, power_of_2(num_assignments))),
         BINS=power_of_2(num_slots),
         num_warps=4 if num_assignments <= 1024 else 8,
     )

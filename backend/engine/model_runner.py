@@ -104,21 +104,33 @@ class ModelRunner:
 
         Kernels are compiled here and not in the middle of a request, and if the memory does not suffice, that shows now.
         """
-        most = min(max_batch_tokens, self.max_model_len, self.num_blocks * self.block_size)
-        for length in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
-            self.model.forward(self._prompt(length), self.kv_cache)
+        most = min(max_batch_tokens, self.num_blocks * self.block_size)
+        for tokens in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
+            self.model.forward(self._prompts(tokens), self.kv_cache)
         if self.graphs is not None:
             self.graphs.capture_all(self.model.variant)
         self.model.forget_step()
         for part in (*self.kv_cache.k, *self.kv_cache.v):
             part.zero_()
 
-    def _prompt(self, length: int) -> ForwardBatch:
-        """A step that computes one prompt of `length` tokens in the first blocks."""
-        request = Request("warm-up", [0] * length, SamplingParams())
-        sequence = request.sequences[0]
-        sequence.blocks.extend(range(-(-length // self.block_size)))
-        return build_batch(Schedule([sequence], [length], int(length == 1)), self.block_size, self.device)
+    def _prompts(self, num_tokens: int) -> ForwardBatch:
+        """A step that computes prompts of `num_tokens` tokens in all, in the first blocks."""
+        most = self.max_model_len // self.block_size * self.block_size or num_tokens
+        schedule, block = Schedule(), 0
+        for start in range(0, num_tokens, most):
+            length = min(most, num_tokens - start)
+            sequence = Request("warm-up", [0] * length, SamplingParams()).sequences[0]
+            needed = -(-length // self.block_size)
+            sequence.blocks.extend(range(block, block + needed))
+            block += needed
+            schedule.sequences.append(sequence)
+            schedule.num_tokens.append(length)
+        # Sequences of one token come first; here that can only be the last one.
+        if schedule.num_tokens[-1] == 1:
+            for entries in (schedule.sequences, schedule.num_tokens):
+                entries.insert(0, entries.pop())
+            schedule.num_decodes = 1
+        return build_batch(schedule, self.block_size, self.device)
 
     def apply(self, settings: Settings) -> None:
         """Write the settings into the model's device tables; they act from the next step on.

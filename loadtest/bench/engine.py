@@ -120,7 +120,7 @@ def run(
     """
     budget = budget or Budget()
     with contextlib.ExitStack() as stack:
-        on_gpu = resolve_device(device).type == "cuda"
+        on_gpu = resolve_device(device.partition(",")[0].strip()).type == "cuda"
         # On a GPU transformers takes our weights as they are.
         exported = checkpoint.startswith(PREFIX) and any(not on_gpu or spec.python for spec in peers)
         united, similarity = _for_dummy(checkpoint, [settings, *(points or {}).values()])
@@ -189,7 +189,7 @@ def run(
             write(result)
         if kernel_profile:
             ours.engine.set_settings(settings)
-            result["decode_kernels"] = ours.decode_kernels(prompts)
+            result["decode_kernels"] = ours.decode_kernels(prompts, work.new_tokens)
             write(result)
         if steps:
             ours.engine.set_settings(settings)

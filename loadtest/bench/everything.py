@@ -91,7 +91,8 @@ def run(
 ) -> dict:
     """Run the parts in turn; one that fails or finds the budget spent is entered with the reason, and the next one begins.
 
-    With `skewed` the engine is also measured with skewed routing, without peers. `write` is called with the result whenever it has grown. `ok`: nothing failed and every kernel is right.
+    With `skewed` the engine is also measured with skewed routing, without peers. `write` is called with the result whenever
+    it has grown. `ok`: nothing failed and every kernel is right.
     """
     result: dict = {"shape": shape, "workload": work, "machine": machine(), "ok": True}
     checkpoint = f"dummy:{shape}"

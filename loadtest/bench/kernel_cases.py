@@ -18,6 +18,7 @@ from backend.engine.penalties import SampleRow
 from backend.engine.sampling_params import SamplingParams
 from backend.kernels import reference
 from backend.models.config import ModelConfig
+from backend.models.moe import num_folded
 from loadtest.bench import kernel_costs
 from loadtest.bench.floors import Cost
 from loadtest.bench.interpreter import interpreting
@@ -121,6 +122,10 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
         active = max(k, -(-config.num_experts // way))
         label = f"{few} tokens on {active} slots"
         yield Case("grouped_experts_forward", label, make.experts(few, active), streams=True)
+    if shared := num_folded(config):
+        label = f"{few} tokens, shared expert folded"
+        yield Case("grouped_experts_forward", label, make.experts(few, config.num_experts, shared), streams=True)
+        yield Case("add_shared_slots", f"{few} rows", make.shared(few, shared))
     for sequences, context in sizes.contexts:
         label = f"{sequences} × {context} tokens"
         yield Case("decode_attention", label, make.decode(sequences, context), streams=True)
@@ -201,16 +206,33 @@ class _Maker:
     def _gate_weights(self, generator: torch.Generator, tokens: int) -> Tensor:
         return torch.rand(tokens, self.config.top_k, generator=generator, device=self.device)
 
-    def experts(self, tokens: int, active: int) -> Callable[[torch.Generator], Arguments]:
+    def experts(self, tokens: int, active: int, shared: int = 0) -> Callable[[torch.Generator], Arguments]:
+        """`shared`: further slots that every token has."""
         c = self.config
+        num_slots = c.num_experts + shared
 
         def build(g: torch.Generator) -> Arguments:
-            w13 = self._weight(g, c.num_experts, 2 * c.expert_size, c.hidden_size)
-            w2 = self._weight(g, c.num_experts, c.hidden_size, c.expert_size)
-            slots = self._chosen(g, tokens, active)
-            return self._normal(g, tokens, c.hidden_size), w13, w2, slots, self._gate_weights(g, tokens)
+            w13 = self._weight(g, num_slots, 2 * c.expert_size, c.hidden_size)
+            w2 = self._weight(g, num_slots, c.hidden_size, c.expert_size)
+            slots, weights = self._chosen(g, tokens, active), self._gate_weights(g, tokens)
+            if shared:
+                always = torch.arange(c.num_experts, num_slots, device=self.device).expand(tokens, shared)
+                share = torch.rand(tokens, 1, generator=g, device=self.device).expand(tokens, shared)
+                slots, weights = torch.cat([slots, always], 1), torch.cat([weights, share], 1)
+            return self._normal(g, tokens, c.hidden_size), w13, w2, slots, weights
 
         return build
+
+    def shared(self, tokens: int, num_slots: int) -> Callable[[torch.Generator], Arguments]:
+        c = self.config
+        return lambda g: (
+            self._normal(g, tokens, c.hidden_size),
+            self._weight(g, 1, c.hidden_size),
+            self._chosen(g, tokens, c.num_experts),
+            self._gate_weights(g, tokens),
+            c.num_experts,
+            num_slots,
+        )
 
     def _cache(self, g: torch.Generator, sequences: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and block tables of sequences whose blocks lie anywhere."""

@@ -120,6 +120,16 @@ def remap_experts(experts: Tensor, weights: Tensor, expert_slots: Tensor, *rest:
 select_experts = remap_experts
 
 
+def add_shared_slots(
+    hidden: Tensor, gate: Tensor, slots: Tensor, weights: Tensor, first_slot: int, num_slots: int
+) -> Cost:
+    """The gate's product; assignments in and out, with the added ones."""
+    del first_slot
+    assignments = slots.nbytes + weights.nbytes
+    added = assignments // slots.shape[1] * num_slots
+    return Cost(hidden.nbytes + gate.nbytes + 2 * assignments + added, 2 * hidden.numel())
+
+
 def sample(logits: Tensor, rows: Sequence[object]) -> Cost:
     """Each logit once."""
     return Cost(logits.nbytes + 8 * len(rows))

@@ -74,15 +74,17 @@ class OurEngine:
         kinds = {"prefill": times.summary("prefill"), "decode": times.summary("decode", skip=1)}
         return {kind: summary for kind, summary in kinds.items() if summary is not None}
 
-    def decode_kernels(self, prompts: list[list[int]], steps: int = 8) -> list[KernelTime]:
-        """The kernels of a decode step."""
+    def decode_kernels(self, prompts: list[list[int]], new_tokens: int, steps: int = 8) -> list[KernelTime]:
+        """The kernels of a decode step, means over up to `steps` steps in which all prompts decode."""
         self.engine.blocks.clear_cache()
-        self._add(prompts, steps + 4)
-        running = self.engine.scheduler.running
-        while len(running) < len(prompts) or not all(s.prompt_computed for s in running):
+        self._add(prompts, new_tokens)
+        scheduler = self.engine.scheduler
+        while len(scheduler.running) < len(prompts) or any(not s.prompt_computed for s in scheduler.running):
             self.engine.step()
-        self.engine.step()
-        times = kernel_times.measure(self.engine.step, steps, self.device)
+            if not self.engine.has_work:
+                raise ValueError(f"{new_tokens} new tokens are too few for all prompts to decode together")
+        left = min(new_tokens - sequence.num_output for sequence in scheduler.running)
+        times = kernel_times.measure(self.engine.step, max(1, min(steps, left - 1)), self.device)
         for number in range(len(prompts)):
             self.engine.abort(number)
         return times

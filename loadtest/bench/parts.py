@@ -24,6 +24,7 @@ KERNEL_PARTS = {
     "router_scores": "route",
     "remap_experts": "remap",
     "select_experts": "remap",
+    "add_shared_slots": "remap",
     "grouped_experts_forward": "grouped experts",
     "decode_attention": "attention",
     "prefill_attention": "attention",
@@ -32,6 +33,7 @@ KERNEL_PARTS = {
     "add_rms_norm": "norms, rope, KV store",
     "apply_rope": "norms, rope, KV store",
     "store_kv": "norms, rope, KV store",
+    "rotate_and_store": "norms, rope, KV store",
 }
 SHARED_EXPERT, LM_HEAD, DENSE = "shared expert", "lm head", "dense MLP"
 SCHEDULING, BATCH, BOOKING, SAMPLING = "scheduling", "batch building", "booking", "sampling"

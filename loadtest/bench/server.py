@@ -19,6 +19,9 @@ from loadtest.bench.budget import Budget
 from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.workload import Workload, machine, write_json
 
+#: A GPU's engine compiles its kernels first.
+_STARTUP_TIMEOUT_S = 240.0
+
 HELP = "through Triton Inference Server, against the engine alone"
 
 
@@ -113,11 +116,12 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
         "device": device,
         "max_model_len": work.prompt_tokens + work.new_tokens,
     }
-    ours = OurEngine(EngineConfig(**parameters))
     env = {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in parameters.items()}}
     tokens = work.requests * work.new_tokens
     pairs: list[dict[str, float]] = []
-    with running_server(env=env) as server:
+    # The server first: where none can be started, that shows at once.
+    with running_server(env=env, startup_timeout_s=_STARTUP_TIMEOUT_S) as server:
+        ours = OurEngine(EngineConfig(**parameters))
         for number in range(runs + 1):
             if number > 1 and budget.spent:
                 break

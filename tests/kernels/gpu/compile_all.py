@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compile_for import CompileOnly
 
 from backend.kernels import gpu
-from backend.kernels.gpu import attention_prefill
+from backend.kernels.gpu import attention_prefill, router
 from backend.kernels.gpu.attention_decode import attend_in_splits
 from backend.models.dummy import PREFIX, raw_config
 from backend.models.moe import num_folded
@@ -72,7 +72,8 @@ def launch_all(shape: str, architecture: int) -> None:
         gpu.rotate_and_store(qkv, angles, angles, cache, cache, meta(rows, **long), *norms)
         gpu.apply_rope(qkv[:, :heads], angles, angles)
         gpu.store_kv(qkv[:, :groups], qkv[:, groups : 2 * groups], cache, cache, meta(rows, **long))
-        experts, weights = gpu.route(x, meta(num_experts, hidden), None, top_k, config.norm_topk_prob)
+        with mock.patch.object(router, "router_logits", lambda x, w: meta(len(x), len(w), dtype=torch.float32)):
+            experts, weights = gpu.route(x, meta(num_experts, hidden), None, top_k, config.norm_topk_prob)
         for ranking in ("count", "gate_mass"):
             gpu.remap_experts(
                 experts,

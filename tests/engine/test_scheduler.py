@@ -204,3 +204,81 @@ def test_random_traces_keep_every_promise(seed, num_blocks, block_size, max_batc
     assert not alive, "a sequence starved"
     assert set(outputs) == set(expected)
     assert scheduler.blocks.num_in_use == 0 and scheduler.num_waiting == 0 and not scheduler.running
+
+
+def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]], int]:
+    """Tokens of sequences that come one after the other, some of which end where nobody foresaw it; and steps made ahead.
+
+    A step ahead is made before the tokens that go into it are known, and booked after.
+    """
+    rng, scheduler, made, num_ahead = random.Random(seed), make_scheduler(num_blocks, max_running=3), {}, 0
+    coming = [
+        (rng.randint(0, 8), i, make_sequence(range(rng.randint(1, 16)), rng.randint(1, 10), arrival=float(i)))
+        for i in range(9)
+    ]
+    numbers = {sequence: i for _, i, sequence in coming}
+
+    def book(work: Schedule) -> None:
+        for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
+            if not sequence.finished:
+                scheduler.computed(sequence, count)
+
+    time, next_work = 0, None
+    while coming or scheduler.running or scheduler.num_waiting:
+        for entry in [entry for entry in coming if entry[0] <= time]:
+            scheduler.add(entry[2])
+            coming.remove(entry)
+        work, next_work = next_work, None
+        if work is None or all(sequence.finished for sequence in work.sequences):
+            work = scheduler.schedule()
+            book(work)
+            ready = [sequence for sequence in work.sequences if sequence.num_computed == len(sequence.tokens)]
+        else:
+            ready = work.sequences
+        if ahead and ready:
+            ends = lambda s: s.num_output + 1 >= s.request.params.max_tokens  # noqa: E731
+            next_work = scheduler.schedule_ahead(ready, ends)
+        if next_work is not None:
+            num_ahead += 1
+            assert [ready[row] for row in next_work.previous_rows] == next_work.sequences
+        for sequence in ready:
+            if not sequence.finished:
+                token = (sum(sequence.tokens[-5:]) * 31 + len(sequence.tokens) * 7) % 50
+                sequence.tokens.append(token)
+                made.setdefault(numbers[sequence], []).append(token)
+                if token % 7 == 0 or sequence.num_output >= sequence.request.params.max_tokens:
+                    scheduler.remove(sequence, "stop")
+        if next_work is not None:
+            book(next_work)
+        time += 1
+    scheduler.blocks.check()
+    return made, num_ahead
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), num_blocks=st.sampled_from([8, 40]))
+def test_steps_made_ahead_lead_to_the_same_tokens(seed: int, num_blocks: int):
+    expected, none = serve(seed, num_blocks, ahead=False)
+    found, _ = serve(seed, num_blocks, ahead=True)
+    assert found == expected and none == 0
+
+
+def test_a_step_is_made_ahead_only_where_nothing_else_could_be_done():
+    def never(_: Sequence) -> bool:
+        return False
+
+    scheduler = make_scheduler(max_running=2)
+    first, second = make_sequence([1, 2, 3, 4]), make_sequence([5], arrival=1.0)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    work = scheduler.schedule()
+    for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
+        scheduler.computed(sequence, count)
+    assert scheduler.schedule_ahead([first], never) is None, "the other one's token is not there yet"
+    ahead = scheduler.schedule_ahead(work.sequences, never)
+    assert ahead.num_tokens == [1, 1] and len(first.blocks) == 2
+    scheduler.add(make_sequence([6], arrival=2.0))
+    assert scheduler.schedule_ahead(work.sequences, never) is not None, "no place is free for the one that waits"
+    assert scheduler.schedule_ahead(work.sequences, lambda sequence: sequence is first) is None
+    scheduler.remove(first, "abort")
+    assert scheduler.schedule_ahead(work.sequences, never) is None

@@ -18,7 +18,9 @@ from backend.kernels.reference.remap import select_experts
 
 __all__ = ["remap_experts", "select_experts"]
 
-_CHUNK = 2048
+#: Assignments that a program looks at together. Fewer sizes are fewer kernels to compile at the start.
+_CHUNK, _LEAST_CHUNK = 2048, 256
+_LEAST_ROWS = 16
 _ONE = tl.constexpr(2.0**reference.FRACTION_BITS)
 _BITS = tl.constexpr(reference.FRACTION_BITS)
 _LARGEST_WEIGHT = tl.constexpr(reference.LARGEST_WEIGHT)
@@ -191,12 +193,12 @@ def remap_experts(
         TOP_K=top_k,
         PADDED=num_tokens is not None,
         GATE_MASS=ranking == "gate_mass",
-        CHUNK=min(_CHUNK, power_of_2(experts.numel())),
+        CHUNK=min(_CHUNK, max(_LEAST_CHUNK, power_of_2(experts.numel()))),
         num_warps=4,
     )
     columns, places = power_of_2(num_experts), power_of_2(top_k)
     # Every program decides about all experts anew: many rows in each, but enough programs for the device.
-    rows = min(power_of_2(num_rows), max(1, 512 // places))
+    rows = min(max(_LEAST_ROWS, power_of_2(num_rows)), max(1, 512 // places))
     _remap_kernel[(triton.cdiv(num_rows, rows),)](
         experts,
         weights,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
@@ -58,6 +59,38 @@ class NoHiddenCopies(TorchDispatchMode):
         return result
 
 
+class Indexing(TorchFunctionMode):
+    """torch's indexing asks for the device itself, which is not there; the operators behind it do not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            return self.part(*args)
+        if function is torch.Tensor.__setitem__:
+            target, index, value = args
+            if isinstance(index, torch.Tensor):
+                return torch.ops.aten.index_put_(target, [index], value)
+            part = self.part(target, index)
+            return torch.ops.aten.copy_.default(part, value) if isinstance(value, torch.Tensor) else part.fill_(value)
+        if function is torch.Tensor.copy_:
+            return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def part(self, x: torch.Tensor, index: object) -> torch.Tensor:
+        dim = 0
+        for item in index if isinstance(index, tuple) else (index,):
+            if item is None:
+                x = x.unsqueeze(dim)
+            elif isinstance(item, slice):
+                x = torch.ops.aten.slice.Tensor(x, dim, item.start, item.stop, item.step or 1)
+            elif isinstance(item, torch.Tensor):
+                x = torch.ops.aten.index.Tensor(x, [*[None] * dim, item])
+            else:
+                x = x.select(dim, item)
+                continue
+            dim += 1
+        return x
+
+
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[SimpleNamespace]:
     """A GPU without values; counts launches, and how often the host waits."""
@@ -97,7 +130,7 @@ def gpu(monkeypatch) -> Iterator[SimpleNamespace]:
     # torch says nothing of the shape of this product's result.
     monkeypatch.setattr(router.torch, "mm", lambda a, b, out_dtype: (a @ b).to(out_dtype), raising=True)
     attention_prefill._tiles.cache_clear()
-    with FakeTensorMode(allow_non_fake_inputs=True), NoHiddenCopies():
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), NoHiddenCopies(), Indexing():
         yield seen
     attention_prefill._tiles.cache_clear()
 

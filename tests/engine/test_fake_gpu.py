@@ -59,8 +59,14 @@ class NoHiddenCopies(TorchDispatchMode):
         return result
 
 
+_OPERATORS = {
+    torch.Tensor.copy_: torch.ops.aten.copy_.default,
+    torch.Tensor.__invert__: torch.ops.aten.bitwise_not.default,
+}
+
+
 class Indexing(TorchFunctionMode):
-    """torch's indexing asks for the device itself, which is not there; the operators behind it do not."""
+    """Some of torch's methods ask for the device itself, which is not there; the operators behind them do not."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__getitem__:
@@ -71,8 +77,8 @@ class Indexing(TorchFunctionMode):
                 return torch.ops.aten.index_put_(target, [index], value)
             part = self.part(target, index)
             return torch.ops.aten.copy_.default(part, value) if isinstance(value, torch.Tensor) else part.fill_(value)
-        if function is torch.Tensor.copy_:
-            return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
+        if function in _OPERATORS:
+            return _OPERATORS[function](*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     def part(self, x: torch.Tensor, index: object) -> torch.Tensor:
@@ -128,7 +134,12 @@ def gpu(monkeypatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(dummy, "fill", lambda *_: None)
     monkeypatch.setattr(dummy, "fill_brownout", lambda *_: None)
     # torch says nothing of the shape of this product's result.
-    monkeypatch.setattr(router.torch, "mm", lambda a, b, out_dtype: (a @ b).to(out_dtype), raising=True)
+    product = torch.mm
+
+    def mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None = None, **options) -> torch.Tensor:
+        return product(a, b, **options).to(out_dtype or a.dtype)
+
+    monkeypatch.setattr(router.torch, "mm", mm)
     attention_prefill._tiles.cache_clear()
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), NoHiddenCopies(), Indexing():
         yield seen

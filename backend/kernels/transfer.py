@@ -43,7 +43,8 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor
     sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
     packed = host_buffer((sum(sizes),), torch.uint8)
     for part, array in zip(packed.split(sizes), arrays, strict=True):
-        part[: array.nbytes].copy_(torch.from_numpy(array).reshape(-1).view(torch.uint8))
+        if array.nbytes:
+            part[: array.nbytes].copy_(torch.frombuffer(bytearray(array.tobytes()), dtype=torch.uint8))
     # The allocator of pinned memory hands it out again only when the copy has been made.
     parts = packed.to(device, non_blocking=True).split(sizes)
     return [

@@ -84,6 +84,7 @@ def test_a_machine_without_a_server_is_no_failure(quick_parts, monkeypatch, tmp_
     assert result["ok"] and "no Triton server is installed" in result["server"]["skipped"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 def test_everything_runs_to_its_end_on_interpreted_gpu_kernels(monkeypatch, tmp_path):
     """What is done on a GPU, at sizes and with times that say nothing."""

@@ -96,7 +96,7 @@ class TransformersPeer:
                 config, dtype=model.dtype, experts_implementation="grouped_mm", attn_implementation="sdpa"
             )
         theirs.load_state_dict(_stacked(model), strict=True, assign=True)
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config, device=model.device)
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.device)
         return cls(theirs.eval(), model.device)
 
     @torch.inference_mode()

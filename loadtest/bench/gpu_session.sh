@@ -44,7 +44,7 @@ tests=(-m pytest tests/kernels/gpu tests/engine/test_cuda_graphs.py tests/engine
 "$python" -c 'import xdist' 2> /dev/null && tests+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 if [ "$device" = interpreter ]; then
   tests+=(-k "test_rms_norm or test_align")
-  tune=(--device interpreter --shape tiny --tokens 1 40 --united-ways 4 --folder "$folder/tuned")
+  tune=(--device interpreter --shape tiny --tokens 1 --united-ways 4 --folder "$folder/tuned")
   bench=(--device interpreter --shape tiny --runs 1)
 else
   tests+=(-m gpu)

@@ -36,8 +36,6 @@ async def one_client(clients: Clients, client: int, until_s: float, records: lis
     while time.monotonic() < until_s:
         number += 1
         sampling = {"max_tokens": rng.randint(1, 64), "temperature": 1, "seed": number, "ignore_eos": True}
-        if rng.random() < 0.1:
-            sampling["n"] = 2
         record = await ask(number, prompts.text(number, rng.randint(4, 160)), sampling)
         record.text = ""
         records.append(record)

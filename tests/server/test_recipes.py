@@ -5,6 +5,7 @@ Only addresses and lengths of loads are replaced. Indented blocks are not run: t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +119,26 @@ def test_a_service_answers_until_it_is_stopped(recipe: Recipe, server: RunningSe
         service = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment())
         try:
             wait_until(lambda: answers(f"http://127.0.0.1:{port}{page}"), 30, "answering")
+            if "bin/locust" in recipe.text:
+                start_in_the_browser(f"http://127.0.0.1:{port}")
             service.terminate()
             assert service.wait(20) == 0, (folder / "output").read_text()
         finally:
             service.kill()
             service.wait()
+
+
+def start_in_the_browser(url: str) -> None:
+    """Send the web page's form, with a load of its own, and wait until its tables count requests."""
+    form = {"user_count": 1, "spawn_rate": 1, "arrivals": "poisson:rate=20,duration=1", "output_tokens": "4"}
+    with urllib.request.urlopen(f"{url}/swarm", urllib.parse.urlencode(form).encode(), timeout=10) as response:
+        assert json.load(response)["success"]
+
+    def sent() -> bool:
+        with urllib.request.urlopen(f"{url}/stats/requests", timeout=10) as response:
+            return any(row["name"] == "request" and row["num_requests"] for row in json.load(response)["stats"])
+
+    wait_until(sent, 20, "sent")
 
 
 def environment() -> dict[str, str]:

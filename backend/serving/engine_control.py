@@ -23,6 +23,8 @@ _WRITE_PERIOD_S = 0.02
 #: Slot usage reads the device.
 _USAGE_PERIOD_S = 0.5
 _SHED_PERIOD_S = 0.01
+#: Share of the limit that is kept for what the step model does not know: noise, and the way to the client and back.
+_SHED_MARGIN = 0.15
 
 
 class EngineControl:
@@ -93,7 +95,7 @@ class EngineControl:
         if limit_s is None or not self._model.ready or now < self._next_shed_s:
             return []
         self._next_shed_s = now + _SHED_PERIOD_S
-        return self._engine.shed(self._model, limit_s, self._settings.floor)
+        return self._engine.shed(self._model, limit_s, self._settings.floor, _SHED_MARGIN)
 
     def served(self, ttft_s: Iterable[float], gaps: Iterable[tuple[float, int]]) -> None:
         """Latencies of responses handed to Triton: first ones, and gaps with the tokens that came with each."""

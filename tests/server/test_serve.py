@@ -15,7 +15,7 @@ from backend.serving.launch_processes import has_ended
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient
 from tests.server.conftest import TINY
-from tests.server.observe import wait_until
+from tests.server.observe import command_of, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -37,7 +37,7 @@ def serving() -> Iterator[tuple[subprocess.Popen[str], BrownoutClient]]:
 
 
 def controllers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [child for child in psutil.Process(process.pid).children() if "controller" in child.cmdline()]
+    return [child for child in psutil.Process(process.pid).children() if "controller" in command_of(child)]
 
 
 def test_server_and_controller_start_and_end_together(serving: tuple[subprocess.Popen[str], BrownoutClient]) -> None:

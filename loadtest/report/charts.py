@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loadtest.report.run_data import Line, RunData, common
+from loadtest.report.words import measure_name
 
 #: One colour and dash a run, distinct for colour-blind readers too. Keys are the page's CSS variables.
 RUN_COLOURS = {"run0": "#c4501b", "run1": "#1f6fc4", "run2": "#1a8a5a", "run3": "#8c4fc0", "run4": "#7a6a00"}
@@ -158,6 +159,7 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
             runs,
             dial,
         ),
+        *_quality(runs),
         _over_time(
             "active_slots",
             "Work per step",
@@ -187,6 +189,25 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
             )
         )
     return charts
+
+
+def _quality(runs: Sequence[RunData]) -> list[Chart]:
+    """What the thresholds cost, for runs whose model was calibrated."""
+    known = [run for run in runs if run.quality_loss()[0]]
+    if not known:
+        return []
+    measure = measure_name(known[0].quality.measure)
+    return [
+        _over_time(
+            "quality",
+            "The price in quality",
+            f"How much worse the dimmed model answers at each moment: the share of {measure} that it loses against full quality, "
+            "as measured beforehand for every setting of the dimmer.",
+            "percent lost",
+            runs,
+            lambda run: run.quality_loss(),
+        )
+    ]
 
 
 def _over_time(

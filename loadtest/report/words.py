@@ -33,6 +33,14 @@ ROWS: list[tuple[str, str, Callable[[float | None], str], bool | None]] = [
     ),
 ]
 
+#: How a profile's measures are called; a loss of them is said in percent of what the full model gets right.
+MEASURES = {
+    "letter": "right multiple-choice answers",
+    "choices": "right multiple-choice answers",
+    "exact_match": "answers right to the letter",
+    "perplexity": "predictability of text (perplexity)",
+}
+
 
 def verdict(runs: Sequence[RunData]) -> str:
     """The result in one line."""
@@ -90,13 +98,27 @@ def _turned_away(runs: Sequence[RunData]) -> str:
 
 
 def _price(run: RunData) -> list[str]:
-    r = run.summary.result
-    if not r.united_share:
-        return []
-    text = f"The price: with “{run.name}” united experts did {percent(r.united_share)} of the expert work"
-    if r.recovery_s is not None:
-        text += f"; full quality was back {r.recovery_s:.0f} s after the burst"
-    return [text + "."]
+    """What dimming cost in quality, and how much was dimmed."""
+    r, quality, sentences = run.summary.result, run.quality, []
+    if quality is not None:
+        at_least = "at least " if quality.is_lower_bound else ""
+        text = (
+            f"The price with “{run.name}”: {at_least}{quality.mean_loss_percent:.1f}% of {measure_name(quality.measure)} lost "
+            f"on average over all words, {at_least}{quality.max_loss_percent:.1f}% when dimmed most"
+        )
+        for name, loss in quality.other_mean_losses.items():
+            text += f"; {loss:.1f}% of {measure_name(name)} on average"
+        sentences.append(text + ".")
+    if r.united_share:
+        text = f"United experts did {percent(r.united_share)} of the expert work with “{run.name}”"
+        if r.recovery_s is not None:
+            text += f"; full quality was back {r.recovery_s:.0f} s after the burst"
+        sentences.append(text + ".")
+    return sentences
+
+
+def measure_name(measure: str) -> str:
+    return MEASURES.get(measure, measure)
 
 
 def _change(before: float | None, after: float | None) -> str:
@@ -126,6 +148,25 @@ def table(runs: Sequence[RunData]) -> list[tuple[str, list[str], list[tuple[str,
             continue
         differences = [_difference(values[0], value, name, less_is_better) for value in values[1:]]
         rows.append((title, [text(value) for value in values], differences))
+    return rows + _quality_rows(runs)
+
+
+def _quality_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
+    known = [run.quality for run in runs if run.quality is not None]
+    if not known:
+        return []
+    losses = {f"Quality lost: {measure_name(known[0].measure)}, mean over all words": lambda q: q.mean_loss_percent}
+    losses["… when dimmed most"] = lambda q: q.max_loss_percent
+    for name in known[0].other_mean_losses:
+        losses[f"Quality lost: {measure_name(name)}, mean over all words"] = lambda q, n=name: q.other_mean_losses.get(
+            n
+        )
+    rows = []
+    for title, loss_of in losses.items():
+        values = [None if run.quality is None else loss_of(run.quality) for run in runs]
+        ratios = [None if value is None else value / 100 for value in values]
+        differences = [_difference(ratios[0], ratio, "loss_ratio", True) for ratio in ratios[1:]]
+        rows.append((title, [percent(ratio) for ratio in ratios], differences))
     return rows
 
 

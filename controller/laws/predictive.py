@@ -156,10 +156,13 @@ class Predictive(Law):
         self._recent[index] = recent[-_RECENT_STEPS:]
 
     def _ttft_s(self, load: EngineLoad, theta_prefill: Array, theta_decode: Array) -> Array:
-        if load.waiting == 0:
+        if load.waiting_tokens == 0:
             return np.zeros_like(theta_prefill)
-        each = load.waiting_tokens / load.waiting
-        head = load.oldest_waiting_s + first_token_s(self.model, load, each, 0, theta_prefill, theta_decode)
+        # Prompts that are being computed are waited for, too, though they are no longer in the queue.
+        each = load.waiting_tokens / max(load.waiting, 1)
+        head = np.zeros_like(theta_prefill)
+        if load.waiting:
+            head = load.oldest_waiting_s + first_token_s(self.model, load, each, 0, theta_prefill, theta_decode)
         tail = first_token_s(self.model, load, load.waiting_tokens, load.waiting - 1, theta_prefill, theta_decode)
         return np.maximum(head, tail)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.settings import MECHANISMS, Settings
 from backend.config import EngineConfig
 from backend.errors import ConfigError
@@ -43,6 +44,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--way", type=int, default=0, help="experts per united expert (default: the most there are; 8 for a shape)"
     )
+    parser.add_argument(
+        "--beside", action="extend", nargs="+", default=[], metavar="POINTS", help=f"further points, in turn: {SYNTAX}"
+    )
+    parser.add_argument(
+        "--widen", type=options.positive, default=1, metavar="R", help="make each routed and united expert R times as wide "
+        "without changing what it computes, so that experts weigh as in a larger model (default 1)"
+    )  # fmt: skip
     add_peer(parser)
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes")
     parser.add_argument("--steps", type=options.positive, help="watch resident memory over this many further steps")
@@ -69,6 +77,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
         mechanism=args.mechanism,
         way=args.way,
     )
+    if args.peer and args.widen > 1:
+        raise ConfigError("peers load the checkpoint as it is: measure them without --widen")
+    points = {describe(point): point for point in parse_points(args.beside)}
     checkpoint = options.checkpoint_of(args)
     with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
         result = run(
@@ -80,6 +91,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
             routing=args.routing,
             runs=args.runs,
             peers=args.peer,
+            points=points,
+            widen=args.widen,
             profile=args.profile,
             steps=args.steps,
             budget=Budget(args.budget),
@@ -106,6 +119,7 @@ def run(
     runs: int,
     peers: Sequence[PeerSpec] = (),
     points: Mapping[str, Settings] | None = None,
+    widen: int = 1,
     profile: bool = False,
     steps: int | None = None,
     budget: Budget | None = None,
@@ -135,6 +149,7 @@ def run(
             dtype=dtype,
             united=united,
             similarity=similarity,
+            widen_experts=widen,
             max_model_len=work.prompt_tokens + work.new_tokens,
             max_running=max(256, work.requests),
             max_waiting=max(1024, work.requests),
@@ -149,6 +164,7 @@ def run(
                 "checkpoint": checkpoint,
                 "routing": routing,
                 "dtype": dtype,
+                "widen_experts": widen,
             }
             | {"device": str(ours.device)},
             "workload": work,

@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from backend.brownout.calibration_text import read_calibration, require_tokens
 from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.settings import MECHANISMS, Settings
 from backend.config import EngineConfig
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
+from backend.serving.tokenizer import load_tokenizer
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
 from loadtest.bench.memory import Growth, Memory, peak_bytes
@@ -37,6 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_workload(parser)
     options.add_place(parser)
+    parser.add_argument(
+        "--text", action="append", type=Path, default=[], metavar="FILE", help="prompts from this text (.txt, .jsonl, or "
+        "token ids .npy) instead of random tokens: experts are then chosen as in service; may be given again"
+    )  # fmt: skip
     parser.add_argument("--routing", default="uniform", help="expert skew of a shape: uniform or zipf:S")
     parser.add_argument("--threshold-prefill", type=float, default=1.0, help="share of assignments kept (default 1)")
     parser.add_argument("--threshold-decode", type=float, default=1.0, help="share of assignments kept (default 1)")
@@ -85,6 +91,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         result = run(
             checkpoint=checkpoint,
             work=options.workload_of(args),
+            text=args.text,
             settings=settings,
             device=args.device,
             dtype=args.dtype,
@@ -112,6 +119,7 @@ def run(
     *,
     checkpoint: str,
     work: Workload,
+    text: Sequence[Path] = (),
     settings: Settings,
     device: str,
     dtype: str,
@@ -155,7 +163,9 @@ def run(
             max_waiting=max(1024, work.requests),
         )
         ours = OurEngine(config)
-        prompts = work.prompts(ours.engine.vocab_size)
+        prompts = (
+            _prompts_of(text, work, loaded, ours.engine.vocab_size) if text else work.prompts(ours.engine.vocab_size)
+        )
         base = AtSettings(ours, settings)
         result: dict = {
             "settings": {
@@ -168,6 +178,7 @@ def run(
             }
             | {"device": str(ours.device)},
             "workload": work,
+            "text": [path.name for path in text],
             "machine": machine(),
         }
         rounds = _Rounds(work, prompts)
@@ -203,6 +214,16 @@ def run(
             result["memory_growth"] = ours.growth(work, steps)
             write(result)
     return result
+
+
+def _prompts_of(text: Sequence[Path], work: Workload, checkpoint: str, vocab_size: int) -> list[list[int]]:
+    """Stretches of the texts, drawn evenly from them, short texts end to end; raises ConfigError if they do not suffice."""
+    tokenizer = load_tokenizer(checkpoint, vocab_size) if any(path.suffix != ".npy" for path in text) else None
+    length, needed = work.prompt_tokens, work.requests * work.prompt_tokens
+    windows = read_calibration(text, tokenizer, vocab_size, needed, length, work.seed)
+    require_tokens(windows, needed, f"a benchmark of {work.requests} prompts of {length} tokens")
+    ids = [token for window in windows for token in window]
+    return [ids[start : start + length] for start in range(0, needed, length)]
 
 
 def _for_dummy(checkpoint: str, points: list[Settings]) -> tuple[str, str]:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from backend.brownout.divergence import Divergence
 from backend.brownout.settings import Settings
 from backend.demo.families import FAMILIES
 from backend.demo.quality import MAX_ANSWER_TOKENS, held_out_questions
@@ -104,15 +106,16 @@ class Asked:
     answer: str
 
 
-def demo_questions(llm: LLM, number: int, seed: int) -> list[Asked]:
-    """`number` held-out questions of every family and form, families mixed."""
+def demo_questions(llm: LLM, number: int, seed: int, mixed: bool = True) -> list[Asked]:
+    """`number` held-out questions of every family and form: families mixed, or one after another."""
     asked = [
         Asked(family, form, llm.tokenizer.encode(prompt_text(prompt)), answer)
         for family in FAMILIES
         for form in FORMS
         for prompt, answer in held_out_questions(family, form, number, seed)
     ]
-    random.Random(seed).shuffle(asked)
+    if mixed:
+        random.Random(seed).shuffle(asked)
     return asked
 
 
@@ -140,21 +143,44 @@ def relative_loss(full: Mapping[str, float], found: Mapping[str, float]) -> dict
     return {"mean": sum(loss.values()) / len(loss), "worst": loss[worst], "worst_task": worst, "by_task": loss}
 
 
-def perplexity(
-    llm: LLM, domains: Mapping[str, Sequence[Sequence[int]]], batch: int, decode: bool = False
-) -> dict[str, object]:
-    """Perplexity per token of windows of each domain, windows of all domains side by side, with the steps' composition."""
-    meter = Meter(llm.engine)
-    longest = max(len(windows) for windows in domains.values())
-    order = [(name, windows[i]) for i in range(longest) for name, windows in domains.items() if i < len(windows)]
-    scored = Scorer(llm.engine, batch, decode, meter.observe).score([(ids, 1) for _, ids in order])
-    totals = {name: [0.0, 0] for name in domains}
-    for (name, _), found in zip(order, scored, strict=True):
-        totals[name][0] -= float(found.logprobs.sum())
-        totals[name][1] += len(found.logprobs)
-    tokens = sum(len(ids) - 1 for _, ids in order)
-    nominal = nominal_share(llm.engine.settings, 0 if decode else tokens, tokens if decode else 0)
-    return {"perplexity": {n: math.exp(loss / count) for n, (loss, count) in totals.items()}, **meter.result(nominal)}
+class Text:
+    """Windows of several domains, scored in one order: domains side by side if `mixed`, else one after another."""
+
+    def __init__(
+        self, domains: Mapping[str, Sequence[Sequence[int]]], batch: int, decode: bool = False, mixed: bool = True
+    ) -> None:
+        """`batch` windows at once; `decode`: token by token under the decode threshold, else in chunks under that of prefill."""
+        self.domains, self.batch, self.decode = domains, batch, decode
+        order = [(place, name) for name, windows in domains.items() for place in range(len(windows))]
+        if mixed:
+            order.sort(key=lambda entry: entry[0])
+        self.order = [(name, domains[name][place]) for place, name in order]
+        self.divergence: Divergence | None = None
+
+    def keep_full(self, vocab_size: int) -> None:
+        """Report the divergence, too: from the model as it is at the next `score`. Raises ConfigError for too much text."""
+        self.divergence = Divergence([len(ids) - 1 for _, ids in self.order], vocab_size)
+
+    def score(self, llm: LLM) -> dict[str, object]:
+        """Perplexity per token and divergence from the full model (nats per token) by domain, with the steps' composition."""
+        meter = Meter(llm.engine)
+        scorer = Scorer(llm.engine, self.batch, self.decode, meter.observe)
+        if self.divergence is not None:
+            scorer.on_logits = self.divergence.observe
+        scored = scorer.score([(ids, 1) for _, ids in self.order])
+        apart = np.zeros(len(scored)) if self.divergence is None else self.divergence.finish()
+        counts = dict.fromkeys(self.domains, 0)
+        losses, divergences = dict.fromkeys(self.domains, 0.0), dict.fromkeys(self.domains, 0.0)
+        for (name, _), found, far in zip(self.order, scored, apart, strict=True):
+            counts[name] += len(found.logprobs)
+            losses[name] -= float(found.logprobs.sum())
+            divergences[name] += float(far)
+        tokens = sum(counts.values())
+        nominal = nominal_share(llm.engine.settings, *((0, tokens) if self.decode else (tokens, 0)))
+        result: dict[str, object] = {"perplexity": {n: math.exp(losses[n] / counts[n]) for n in counts}}
+        if self.divergence is not None:
+            result["divergence"] = {n: divergences[n] / counts[n] for n in counts}
+        return {**result, **meter.result(nominal)}
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,21 @@ class Measures:
     batch: int = 32
 
 
-def measure_point(llm: LLM, settings: Settings, measures: Measures, full: dict | None = None) -> dict:
-    """All measures under the settings as JSON values; with the `full` model's point also the losses against it."""
-    measure.apply(llm, settings)
+def measure_point(
+    llm: LLM,
+    settings: Settings,
+    measures: Measures,
+    full: dict | None = None,
+    by_layer: Sequence[float] | None = None,
+) -> dict:
+    """All measures under the settings as JSON values; with the `full` model's point also the losses against it.
+
+    `by_layer`: thresholds of the MoE layers instead of the settings', whose thresholds should be their means.
+    """
+    if by_layer is None:
+        measure.apply(llm, settings)
+    else:
+        measure.apply_by_layer(llm, settings, by_layer)
     values = asdict(settings)
     del values["version"]
     point: dict = {"settings": describe(settings), **values}

@@ -35,7 +35,8 @@ class Meter:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.steps = self.tokens = self.replaced = 0
-        self.slots = self.assignments = 0.0
+        self.slots: np.ndarray | float = 0.0
+        self.assignments = 0.0
         config = engine.runner.model.config
         self._per_token = sum(config.moe_layers) * config.top_k
 
@@ -47,15 +48,21 @@ class Meter:
         self.steps += 1
         self.tokens += len(replaced)
         self.replaced += int(replaced.sum())
-        self.slots += sum(slots) / len(slots)
+        self.slots = self.slots + np.array(slots, float)
         self.assignments += assignments * len(replaced)
 
-    def result(self, nominal: float | None) -> dict[str, float | bool]:
+    def slots_by_layer(self) -> list[float]:
+        """Active slots of each MoE layer, mean over the steps."""
+        return (np.atleast_1d(self.slots) / max(1, self.steps)).tolist()
+
+    def result(self, nominal: float | None) -> dict[str, float | bool | list[float]]:
         """Share of assignments that others than their own experts served, beside the `nominal` one (None: there is none)."""
         share = self.replaced / max(1, self.tokens * self._per_token)
-        found: dict[str, float | bool] = {
+        by_layer = self.slots_by_layer()
+        found: dict[str, float | bool | list[float]] = {
             "united_share": share,
-            "active_slots": self.slots / max(1, self.steps),
+            "active_slots": sum(by_layer) / len(by_layer),
+            "active_slots_by_layer": by_layer,
             "assignments_per_token": self.assignments / max(1, self.tokens),
             "tokens_per_step": self.tokens / max(1, self.steps),
         }
@@ -76,6 +83,18 @@ def apply(llm: LLM, settings: Settings) -> None:
     """Set the settings and forget what the KV cache holds from others."""
     llm.set_settings(settings)
     llm.engine.blocks.clear_cache()
+
+
+def apply_by_layer(llm: LLM, settings: Settings, thresholds: Sequence[float]) -> None:
+    """Set the settings, but with a threshold of its own, that of both phases, for each MoE layer, until the next change."""
+    apply(llm, settings)
+    model = llm.engine.runner.model
+    table, own = [settings.by_class()] * model.config.num_layers, iter(thresholds)
+    for layer, has_experts in enumerate(model.config.moe_layers):
+        if has_experts:
+            theta = next(own)
+            table[layer] = (theta, theta, *table[layer][2:])
+    model.set_thresholds(table)
 
 
 def complete(

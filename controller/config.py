@@ -48,9 +48,9 @@ class ControllerConfig(BaseModel):
         None, ge=0, le=100, description="percent; dim no further than a level of the profile that loses so much"
     )
     profile: Path | None = Field(None, description="calibrated levels (default: those that the server has)")
-    margin: float = Field(0.05, ge=0, le=0.5, description="predictive: share of the objectives that is kept free")
+    margin: float = Field(0.2, ge=0, le=0.5, description="predictive: share of the objectives that is kept free")
     hysteresis: float = Field(
-        0.05, ge=0, le=0.5, description="predictive: share that must be free beyond the margin to brighten"
+        0.1, ge=0, le=0.5, description="predictive: share that must be free beyond the margin to brighten"
     )
     brighten_rate: float = Field(
         0.5, gt=0, le=10, description="predictive: how far thresholds rise in a second at most"

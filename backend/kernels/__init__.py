@@ -38,8 +38,8 @@ def kernels_for(device: torch.device, attention: str = "auto") -> ModuleType | S
 
 def _device_kernels(device: torch.device) -> ModuleType:
     if device.type == "cpu":
-        # oneDNN keeps machine code for each shape of matrices it has met, 1024 of them: hundreds of MiB, since the rows of
-        # each expert vary. So many are as fast. It is read at the first product.
+        # oneDNN keeps machine code and buffers for the last 1024 shapes of matrices, hundreds of MiB once the rows of each
+        # expert have varied for a while; 128 shapes are as fast. Read when the first product is computed.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         from backend.kernels import cpu
 

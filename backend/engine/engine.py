@@ -94,6 +94,8 @@ class Engine:
         self._requests: dict[object, Request] = {}
         self.counters = EngineCounters()
         self._not_started: dict[object, Request] = {}
+        #: Prompt tokens of the requests that have not started.
+        self._queued_tokens = 0
         self._deadlines = LazyHeap()
         self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._num_steps = 0
@@ -130,6 +132,7 @@ class Engine:
             )
         self._requests[request.request_id] = request
         self._not_started[request.request_id] = request
+        self._queued_tokens += len(request.prompt_ids)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(request.prompt_ids)
         if request.deadline is not None:
@@ -161,7 +164,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """What is before the engine now."""
         oldest = next(iter(self._not_started.values()), None)
-        waiting_tokens = sum(len(request.prompt_ids) for request in self._not_started.values())
+        waiting_tokens = self._queued_tokens
         for sequence in self.scheduler.running:
             waiting_tokens += max(0, sequence.num_prompt - sequence.num_computed)
         return EngineLoad(
@@ -247,33 +250,27 @@ class Engine:
 
     def _book(self, schedule: Schedule) -> list[Sequence]:
         """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""
-        ready = []
-        pristine = self._book_replaced(schedule)
-        computed = self.scheduler.computed
-        for sequence, count, untouched in zip(schedule.sequences, schedule.num_tokens, pristine, strict=True):
-            sequence.num_run += count
-            computed(sequence, count, untouched)
+        ready = self.scheduler.computed(schedule, self._book_replaced(schedule))
+        for sequence in [s for s in schedule.sequences if not s.request.siblings_started]:
             request = sequence.request
-            if not request.siblings_started:
-                self._not_started.pop(request.request_id, None)
-                if sequence.prompt_computed:
-                    request.siblings_started = True
-                    for sibling in request.sequences[1:]:
-                        if not sibling.finished:
-                            self.scheduler.add(sibling)
-            if sequence.num_computed == len(sequence.tokens):
-                ready.append(sequence)
+            self._leave_queue(request)
+            if sequence.prompt_computed:
+                request.siblings_started = True
+                for sibling in request.sequences[1:]:
+                    if not sibling.finished:
+                        self.scheduler.add(sibling)
         return ready
 
-    def _book_replaced(self, schedule: Schedule) -> list[bool]:
-        """Record what brownout replaced in this step; returns for each sequence whether that is nothing.
+    def _book_replaced(self, schedule: Schedule) -> list[bool] | None:
+        """Record what brownout replaced in this step; returns for each sequence whether that is nothing, None if it is for all.
 
-        With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
+        With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced. Before the step's
+        tokens are booked: their class depends on what was computed.
         """
         browned = self.runner.browned_classes
         if not any(browned):
             self._united_share = 0.0
-            return [True] * len(schedule.sequences)
+            return None
         pristine, total = [], 0
         replaced = self.runner.replaced_assignments(schedule)
         for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
@@ -331,10 +328,14 @@ class Engine:
 
     def _forget_if_finished(self, request: Request) -> None:
         if request.finished and self._requests.pop(request.request_id, None) is not None:
-            self._not_started.pop(request.request_id, None)
+            self._leave_queue(request)
             self._finish_times.append(time.monotonic())
             if request.deadline is not None:
                 self._deadlines.ended()
+
+    def _leave_queue(self, request: Request) -> None:
+        if self._not_started.pop(request.request_id, None) is not None:
+            self._queued_tokens -= len(request.prompt_ids)
 
     def _expire(self) -> list[Event]:
         """End requests whose timeout has passed."""

@@ -52,29 +52,36 @@ def load_model(
     ways as whole numbers ("2,8") and "seeded". `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
     bfloat16 elsewhere. `attention` as in `kernels_for`. Raises ConfigError naming what is wrong.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    weights = weight_type(checkpoint, dtype, device)
     if checkpoint.startswith(dummy.PREFIX):
         config = parse_config(dummy.raw_config(checkpoint))
-        if dtype == "auto":
-            dtype = "float32" if device.type == "cpu" else "bfloat16"
-        model = MoeModel(config, _DTYPES[dtype], device, dummy.united_groups(united, config), attention)
+        model = MoeModel(config, weights, device, dummy.united_groups(united, config), attention)
         dummy.fill(model, routing, seed)
         dummy.fill_brownout(model, similarity, seed)
         return model
     folder = Path(checkpoint)
     config = read_config(folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    if dtype not in _DTYPES:
-        raise ConfigError(
-            f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
-        )
     found = find_united(united, folder, config)
-    model = MoeModel(config, _DTYPES[dtype], device, groups_of(found), attention)
+    model = MoeModel(config, weights, device, groups_of(found), attention)
     load_weights(model, folder)
     fill_united(model, found)
     load_similarity(model, similarity, folder)
     return model
+
+
+def weight_type(checkpoint: str, dtype: str, device: torch.device) -> torch.dtype:
+    """The type that `load_model` stores weights in; raises ConfigError for one that is not supported."""
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if dtype == "auto" and checkpoint.startswith(dummy.PREFIX):
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    elif dtype == "auto":
+        dtype = read_config(Path(checkpoint)).dtype
+        if dtype not in _DTYPES:
+            raise ConfigError(
+                f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
+            )
+    return _DTYPES[dtype]
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -19,7 +19,7 @@ from backend.errors import ConfigError
 log = logging.getLogger(__name__)
 
 #: Telemetry is written this often at most, so that very short steps do not pay for it each time.
-_WRITE_PERIOD_S = 0.02
+WRITE_PERIOD_S = 0.02
 #: Slot usage reads the device.
 _USAGE_PERIOD_S = 0.5
 _SHED_PERIOD_S = 0.01
@@ -118,7 +118,12 @@ class EngineControl:
         now = time.monotonic()
         if now < self._next_write_s:
             return
-        self._next_write_s = now + _WRITE_PERIOD_S
+        self._next_write_s = now + WRITE_PERIOD_S
+        self.write()
+
+    def write(self) -> None:
+        """Write the section now."""
+        now = time.monotonic()
         engine, row = self._engine, self._record[0]
         load, counters, settings = engine.load(), engine.counters, engine.settings
         row["time_s"] = now

@@ -21,7 +21,7 @@ from backend.models.dummy import PREFIX
 from backend.serving.tokenizer import load_tokenizer
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
-from loadtest.bench.memory import Growth, Memory, peak_bytes
+from loadtest.bench.memory import Growth, Memory, mib, peak_bytes
 from loadtest.bench.our_engine import AtSettings, OurEngine
 from loadtest.bench.parts import StepTimes
 from loadtest.bench.peer_process import PeerProcess, PeerSpec, peer_spec
@@ -351,22 +351,15 @@ def show(result: dict, checkpoint: str, console: Console) -> None:
                 console.print(f"{name}: {other['tokens_equal']:.0%} of the sequences have the same tokens")
     memory: Memory | None = result.get("memory")
     if memory is not None:
-        console.print(
-            f"Peak memory {_mib(memory.peak_bytes)}, {_mib(memory.before_bytes)} of it interpreter and libraries; weights "
-            f"{_mib(memory.weight_bytes)} and KV pool {_mib(memory.kv_pool_bytes)}: {memory.ratio:.2f} of them"
-        )
+        console.print(str(memory), highlight=False)
     growth: Growth | None = result.get("memory_growth")
     if growth is not None:
         console.print(
             f"Resident memory grew by {growth.growth_bytes / 2**20:+.1f} MiB from step {growth.warm_up_steps} "
-            f"({_mib(growth.rss_after_warm_up_bytes)}) to step {growth.steps}"
+            f"({mib(growth.rss_after_warm_up_bytes)}) to step {growth.steps}"
         )
     if "profile" in result:
         console.print(profile_table(result["profile"]))
-
-
-def _mib(number: int) -> str:
-    return f"{number / 2**20:.0f} MiB"
 
 
 def rates_table(result: dict, checkpoint: str) -> Table:

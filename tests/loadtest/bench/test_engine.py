@@ -46,7 +46,9 @@ def test_profile_memory_and_growth(tmp_path, capsys):
         )
     assert result["profile"]["prefill"]["tokens"] == 24 and result["profile"]["decode"]["tokens"] == 3
     memory, growth = result["memory"], result["memory_growth"]
-    assert memory["peak_bytes"] > memory["weight_bytes"] + memory["kv_pool_bytes"] > 0
+    held = memory["weight_bytes"] + memory["united_bytes"] + memory["kv_pool_bytes"]
+    assert memory["peak_bytes"] == memory["before_bytes"] + held + memory["other_bytes"]
+    assert memory["ratio"] == pytest.approx((memory["peak_bytes"] - memory["before_bytes"]) / held)
     assert growth["steps"] == 20
     assert growth["growth_bytes"] == growth["rss_end_bytes"] - growth["rss_after_warm_up_bytes"]
     assert "grouped experts" in capsys.readouterr().out

@@ -44,6 +44,11 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def words(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory as uint32: 16-bit numbers in pairs."""
+    return tensor.view(torch.int32).numpy().view(np.uint32)
+
+
 @intrinsic
 def widen(_context, value):
     """A stored number (see as_array) as float32."""

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from backend.kernels.cpu import bfloat16
 from backend.kernels.cpu.bfloat16 import put, rows_times
-from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel
-from backend.kernels.cpu.expert_panels import mlp_panels, panels_of_slots
+from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, words
 from backend.kernels.cpu.linear import matmul_into
+from backend.kernels.cpu.panel_layers import mlp_panels, panels_of_slots, pays
 from backend.kernels.cpu.panels import TOKENS
 
-#: Average rows per active slot up to which dot products with one row after another are faster than matrix products and, where the
-#: processor multiplies bfloat16, than products with panels.
-FEW_ROWS, FEW_BFLOAT16_ROWS = 24, 40
+#: Average rows per active slot up to which the compiled kernel is faster than matrix products.
+FEW_ROWS = 24
 #: Rows of x that meet a weight row together: they stay in the first-level cache while the weights pass.
 _CHUNK = 32
 
@@ -48,29 +47,36 @@ def slot_outputs(
     """What the slots make of their assignments (see sort_by_slot): y [rows, M] and each assignment's row in it [A]."""
     direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
     x = hidden.to(w13.dtype if direct else torch.float32).contiguous()
-    few, many_rows = (FEW_BFLOAT16_ROWS, _panels) if direct else (FEW_ROWS, _many_rows)
-    outputs = _few_rows if len(order) <= few * len(active) else many_rows
-    return outputs(x, w13, w2, active, span, order, top_k)
+    if direct:
+        first, rows = panels_of_slots(span)
+        if pays(len(order), int(first[-1])):
+            return _panels(x, w13, w2, active, span, order, top_k, first), rows
+    few = direct or len(order) <= FEW_ROWS * len(active)
+    outputs = _few_rows if few else _many_rows
+    return outputs(x, w13, w2, active, span, order, top_k), np.arange(len(order))
 
 
 def _panels(
-    x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    first, rows = panels_of_slots(span)
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    active: np.ndarray,
+    span: np.ndarray,
+    order: np.ndarray,
+    top_k: int,
+    first: np.ndarray,
+) -> np.ndarray:
     count, hidden, size = int(first[-1]), w2.shape[1], w2.shape[2]
     panels, act = (torch.empty(count, length // 2, TOKENS, dtype=torch.int32) for length in (hidden, size))
     y = torch.empty(count * TOKENS, hidden).numpy()
-    words = (tensor.numpy().view(np.uint32) for tensor in (x.view(torch.int32), panels, act))
-    x_words, panels, act = words
-    mlp_panels(
-        x_words, as_array(w13), as_array(w2), panels, act, y, active, span, first, order, top_k, get_num_threads()
-    )
-    return y, rows
+    weights = as_array(w13), as_array(w2)
+    mlp_panels(words(x), *weights, words(panels), words(act), y, active, span, first, order, top_k, get_num_threads())
+    return y
 
 
 def _many_rows(
     x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """A pair of matrix products for each slot, over its assignments laid end to end, in float32."""
     size = w2.shape[2]
     spans = list(zip(active.tolist(), span[:-1].tolist(), span[1:].tolist(), strict=True))
@@ -81,18 +87,18 @@ def _many_rows(
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
         matmul_into(act[begin:end], w2[slot], y[begin:end])
-    return y.numpy(), np.arange(len(order))
+    return y.numpy()
 
 
 def _few_rows(
     x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     # From torch, whose memory begins at cache lines: vectors that lie across two lines load at half the rate.
     rows, act = x.new_empty(len(order), x.shape[1]), x.new_empty(len(order), w2.shape[2])
     y = torch.empty(len(order), x.shape[1]).numpy()
     arrays = (as_array(tensor) for tensor in (x, w13, w2, rows, act))
     _slot_outputs(*arrays, y, active, span, order, top_k, get_num_threads())
-    return y, np.arange(len(order))
+    return y
 
 
 @kernel

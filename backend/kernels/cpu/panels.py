@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from backend.kernels.cpu.bfloat16 import INDEX, LANES, NUMBER_VECTOR, SUM_VECTOR, SUMS, product_of
+from backend.kernels.cpu.bfloat16 import INDEX, LANES, NUMBER_VECTOR, SUM_VECTOR, SUMS, prefetch, product_of
 
 #: Tokens of a panel, and weight rows that are taken together.
 TOKENS, ROWS = SUMS, 8
@@ -48,6 +48,10 @@ def _product_sums(builder, start, row_bytes, length, panels, n, count):
     for value in sums:
         value.add_incoming(ir.Constant(SUM_VECTOR, [0.0] * SUMS), before)
     new = list(sums)
+    # The rows that are likely to come next: the processor does not follow so many streams by itself.
+    following = [_nth(builder, start, row_bytes, ir.Constant(INDEX, ROWS)) for start in starts]
+    for start in following:
+        prefetch(builder, builder.gep(start, [at]))
     for step in range(LANES // 2):
         word = builder.add(at, ir.Constant(INDEX, step))
         parts = []
@@ -61,12 +65,12 @@ def _product_sums(builder, start, row_bytes, length, panels, n, count):
             both = builder.bitcast(builder.shuffle_vector(one, one, zeros), NUMBER_VECTOR)
             for j, part in enumerate(parts):
                 new[i * count + j] = builder.call(product, [new[i * count + j], part, both])
-    following = builder.add(at, ir.Constant(INDEX, LANES // 2))
-    at.add_incoming(following, body)
+    next_at = builder.add(at, ir.Constant(INDEX, LANES // 2))
+    at.add_incoming(next_at, body)
     for value, update in zip(sums, new, strict=True):
         value.add_incoming(update, body)
     end = builder.lshr(length, ir.Constant(INDEX, 1))
-    builder.cbranch(builder.icmp_signed("<", following, end), body, after)
+    builder.cbranch(builder.icmp_signed("<", next_at, end), body, after)
     builder.position_at_end(after)
     return new
 

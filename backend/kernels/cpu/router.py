@@ -8,7 +8,7 @@ from numba import prange
 from torch import Tensor
 
 from backend.kernels.cpu.compiled import FEW_NUMBERS, ZERO, exp, kernel, parallel_kernel
-from backend.kernels.reference.linear import linear
+from backend.kernels.cpu.linear import float32_linear
 
 
 def route(
@@ -19,7 +19,7 @@ def route(
     renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference; of experts that are equally probable the first is taken."""
-    logits = linear(hidden, weight).float()
+    logits = float32_linear(hidden, weight)
     if bias is not None:
         logits += bias
     experts = torch.empty(len(hidden), top_k, dtype=torch.int64)

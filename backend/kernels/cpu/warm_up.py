@@ -25,8 +25,8 @@ def warm_up(dtype: torch.dtype) -> None:
     slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     for size in (8, 32):  # lengths that bfloat16 instructions do not fit and do fit
         matrix = torch.zeros(2 * size, size, dtype=dtype)
-        cpu.linear(torch.zeros(1, size), matrix)
-        for tokens in (1, 64):  # few and many rows
+        for tokens in (1, 16, 64):  # few and many rows
+            cpu.linear(torch.zeros(tokens, size), matrix)
             args = torch.zeros(tokens, size), matrix[None], matrix[None, :size]
             cpu.grouped_experts_forward(*args, slots.expand(tokens, 1), weights.expand(tokens, 1))
         _warm_up_attention(dtype, size)

@@ -19,6 +19,14 @@ from backend.kernels.cpu.panels import (
     two_panels_to_rows,
 )
 
+#: A product with a panel takes about this share of the time of dot products with sixteen tokens, however many tokens it has.
+_PANEL_TIME = 0.75
+
+
+def pays(tokens: int, panels: int) -> bool:
+    """Whether tokens in so many panels are multiplied faster than one by one."""
+    return tokens > _PANEL_TIME * TOKENS * panels
+
 
 @kernel
 def panels_of_slots(span):
@@ -107,3 +115,23 @@ def _activate(gates, ups, count, j, act, n, first_row):
             act[n, first_row // 2 + pair, lane] = np.uint32(narrow(a)) | np.uint32(
                 np.uint32(narrow(b)) << np.uint32(16)
             )
+
+
+@parallel_kernel
+def matrix_panels(x, weight, panels, y, parts):
+    """Fills y [16 N, out] with weight [out, in] @ x for the tokens of x [T, in / 2], in pairs; panels [N, in / 2, 16] is room."""
+    num_rows = weight.shape[0]
+    order = np.arange(x.shape[0])
+    for n in prange(panels.shape[0]):
+        _fill_panel(panels, n, x, order, n * TOKENS, min((n + 1) * TOKENS, x.shape[0]), 1)
+    rows_of_part = (num_rows // ROWS + parts - 1) // parts * ROWS
+    for part in prange(parts):
+        first_row, last_row = min(num_rows, part * rows_of_part), min(num_rows, (part + 1) * rows_of_part)
+        n = 0
+        while n + 2 <= panels.shape[0]:
+            for r in range(first_row, last_row, ROWS):
+                two_panels_to_rows(weight, r, panels, n, y)
+            n += 2
+        if n < panels.shape[0]:
+            for r in range(first_row, last_row, ROWS):
+                panel_to_rows(weight, r, panels, n, y)

@@ -40,7 +40,7 @@ $(VENV)/.made:
 	touch $@
 
 demo: setup
-	$(PY) -m loadtest.demo $(ARGS)
+	$(PY) -m loadtest.demo $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
 
 test: setup
 	$(PY) -m pytest $(ARGS)

@@ -122,8 +122,8 @@ def calibrate(
 def prompts(measures: Measures) -> list[list[int]]:
     """Token sequences like those that were measured, to time steps with."""
     found = [question.prompt for question in measures.questions]
-    for windows in (measures.domains or {}).values():
-        found += [list(ids) for ids in windows]
+    if measures.text is not None:
+        found += [list(ids) for _, ids in measures.text.order]
     return found
 
 
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             llm.engine.available.way_of(settings)
         measures = make_measures(args, llm)
         has = dict(
-            zip(MEASURES, (measures.questions, measures.questions, measures.choices, measures.domains), strict=True)
+            zip(MEASURES, (measures.questions, measures.questions, measures.choices, measures.text), strict=True)
         )
         kind = args.measure or next(name for name in MEASURES if has[name])
         if not has[kind]:

@@ -115,7 +115,7 @@ class BrownoutLM(_Base):
                 texts[number] = _cut(self.llm.tokenizer.decode(ids), [until] if isinstance(until, str) else until)
         return texts
 
-    def steps(self) -> dict[str, float | bool]:
+    def steps(self) -> dict[str, float | bool | list[float]]:
         """Composition of all steps so far: share of replaced assignments, active slots, tokens per step."""
         return self.meter.result(nominal_share(self.llm.engine.settings, 1, 0))
 

@@ -30,6 +30,7 @@ from loadtest.control_log import read_course
 from loadtest.demo.burst import (
     BURST,
     CALM,
+    WIDEN,
     BurstShape,
     burst_schedule,
     measure_ground,
@@ -44,9 +45,6 @@ from loadtest.quality import quality_of_run
 from loadtest.record import RequestRecord, write_records
 from loadtest.report.page import write_report
 from loadtest.report.run_data import load_run
-
-#: How often experts' neurons are repeated: experts are then most of a step's cost, as they are in the models that are served.
-_WIDEN = 96
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,7 +144,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--widen",
         type=int,
-        default=_WIDEN,
+        default=WIDEN,
         metavar="N",
         help="repeat the experts' neurons N times (default %(default)s)",
     )

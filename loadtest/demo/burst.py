@@ -29,6 +29,8 @@ from loadtest.schedule import Arrival, Lengths, Schedule, make_schedule
 from loadtest.traces import read_trace
 from loadtest.wire import sampling_of
 
+#: How often experts' neurons are repeated: experts are then most of a step's cost, as they are in the models that are served.
+WIDEN = 96
 #: Rates as shares of capacity: the burst doubles the calm rate, as in BrownoutServe.
 CALM, BURST = 0.7, 1.4
 #: A trace's mean load, as a share of capacity: its peaks go beyond.

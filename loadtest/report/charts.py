@@ -48,6 +48,9 @@ _DASHES = ["-", "-", "--", "-.", ":"]
 #: Above this multiple of the promise an axis is logarithmic, or the promise would lie on the bottom.
 _LOG_ABOVE = 6.0
 
+#: The axis of the quality lost reaches at least so many percent: a small loss shall look small.
+_LEAST_LOSS_AXIS = 20.0
+
 
 class Chart:
     """A figure with what the page says about it."""
@@ -87,6 +90,7 @@ class Chart:
 def make_charts(runs: Sequence[RunData]) -> list[Chart]:
     """All charts for which the runs have data, in the order of the page."""
     charts = [
+        _violations(runs),
         _over_time(
             "arrivals",
             "How many people asked",
@@ -114,7 +118,6 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
             lambda run, percent: run.between_tokens_s(percent),
             "itl_s",
         ),
-        _violations(runs),
     ]
     served = [run for run in runs if run.telemetry("threshold_decode")[0]]
     if served:
@@ -196,16 +199,21 @@ def _quality(runs: Sequence[RunData]) -> list[Chart]:
     known = [run for run in runs if run.quality_loss()[0]]
     if not known:
         return []
-    measure = measure_name(known[0].quality.measure)
+    most = max(loss for run in known for loss in run.quality_loss()[1])
+
+    def draw(axes: Axes, run: RunData, number: int) -> None:
+        _step(axes, run.quality_loss(), number, run.name)
+        axes.set_ylim(0, max(_LEAST_LOSS_AXIS, 1.1 * most))
+
     return [
-        _over_time(
+        _figure(
             "quality",
             "The price in quality",
-            f"How much worse the dimmed model answers at each moment: the share of {measure} that it loses against full quality, "
-            "as measured beforehand for every setting of the dimmer.",
+            f"How much worse the dimmed model answers at each moment: the share of {measure_name(known[0].quality.measure)} that "
+            "it loses against full quality, as measured beforehand for the settings of the dimmer. 0 is full quality.",
             "percent lost",
             runs,
-            lambda run: run.quality_loss(),
+            draw,
         )
     ]
 

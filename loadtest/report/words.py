@@ -62,6 +62,41 @@ def verdict(runs: Sequence[RunData]) -> str:
     return f"No clear gain {versus}"
 
 
+def tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
+    """What to see at first glance: (title, value of the first run or "", value of the last)."""
+    first, last = (run.summary.result for run in (runs[0], runs[-1]))
+    found = []
+    for title, name, text in (
+        ("requests whose first word came late or never", "ttft_violation_ratio", percent),
+        ("words that came late", "itl_violation_ratio", percent),
+        ("99 of 100 first words came within", "ttft_p99_s", ms),
+    ):
+        before = text(getattr(first, name)) if len(runs) > 1 else ""
+        found.append((title, before, text(getattr(last, name))))
+    quality = runs[-1].quality
+    if quality is not None:
+        at_least = "≥ " if quality.is_lower_bound else ""
+        found.append((f"{measure_name(quality.measure)} lost", "", f"{at_least}{quality.mean_loss_percent:.1f}%"))
+    return found
+
+
+def roles(runs: Sequence[RunData]) -> str:
+    """Which runs dimmed and which did not, in a sentence; nothing where that is not known."""
+    dimmed, full = [], []
+    for run in runs:
+        r = run.summary.result
+        thresholds = (r.mean_threshold_prefill, r.mean_threshold_decode)
+        if None not in thresholds:
+            (dimmed if min(thresholds) < 1 else full).append(f"“{run.name}”")
+    parts = [f"{_and(full)} ran at full quality all the time"] if full else []
+    parts += [f"{_and(dimmed)} dimmed while it was needed"] if dimmed else []
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
 def conclusion(runs: Sequence[RunData]) -> list[str]:
     """The result in sentences, the last run held against the first."""
     first, last = runs[0], runs[-1]

@@ -62,6 +62,8 @@ def test_a_page_of_two_runs_stands_alone(tmp_path, capsys):
     assert "dark&lt;1&gt;" in page and "dark<1>" not in page
     assert "100.0% of requests with “dark&lt;1&gt;”, 0.0% with “on”: 100% fewer" in page
     assert "Turned away: 3 of 30" in page and "Take care" not in page
+    assert "<span>100.0% → </span>0.0%" in page
+    assert "“dark&lt;1&gt;” and “on” dimmed while it was needed." in page
     pictures = {path.stem for path in (tmp_path / "report").glob("*.png")}
     assert {"arrivals", "first_token", "between_tokens", "violations", "thresholds", "lost", "throughput"} <= pictures
     assert page.count("<svg ") == len(pictures)

@@ -77,9 +77,9 @@ def mode_in(log: Path) -> str:
 @contextlib.contextmanager
 def controller(server: RunningServer, *arguments: str, token: str = TOKEN) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "controller", "--triton", server.grpc, "--ttft-slo", "0.5", "--itl-slo", "0.1"]
-    command += ["--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0", "--period", "0.1", *arguments]
+    command += ["--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0", "--period", "0.1", "--lease", "1"]
     process = subprocess.Popen(
-        command,
+        [*command, *arguments],
         cwd=PRODUCT_ROOT,
         env=os.environ | {"BROWNOUT_CONTROL_TOKEN": token},
         stderr=subprocess.PIPE,
@@ -127,7 +127,7 @@ def test_a_killed_controllers_settings_end_and_another_takes_over(
     controlled: RunningServer, plane: BrownoutClient
 ) -> None:
     stream = HttpStream(controlled, LONG)
-    with controller(controlled, "--lease", "1") as process:
+    with controller(controlled) as process:
         wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
         with pytest.raises(Held, match="held by 'sidecar' for another"):
             plane.call(**DIM, owner="test")
@@ -143,7 +143,7 @@ def test_of_two_controllers_one_is_in_charge_and_the_other_takes_over(
     controlled: RunningServer, plane: BrownoutClient, tmp_path: Path
 ) -> None:
     log = tmp_path / "events.jsonl"
-    with controller(controlled, "--lease", "1") as first:
+    with controller(controlled) as first:
         wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
         with controller(controlled, "--owner", "second", "--log", str(log)):
             wait_until(lambda: mode_in(log) == "standby", 20, "standing by")
@@ -175,7 +175,7 @@ def test_a_suspended_controller_finds_its_lease_gone_and_starts_from_what_holds(
 ) -> None:
     """As after a clock that jumped: whatever it thought of the time, the server's lease decides."""
     log = tmp_path / "events.jsonl"
-    with controller(controlled, "--lease", "1", "--log", str(log)) as process:
+    with controller(controlled, "--log", str(log)) as process:
         wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
         process.send_signal(signal.SIGSTOP)
         wait_until(lambda: owner_of(plane) is None, 5, "ended")

@@ -175,12 +175,13 @@ class Engine:
             mean_output_tokens=self.counters.mean_output_tokens,
         )
 
-    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0) -> list[Event]:
-        """End waiting requests that can no longer get their first token within `limit_s` of their arrival.
+    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
+        """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.
 
         They are judged at the present thresholds or, if it is lower, at `floor`: what dimming may still save is not refused.
+        Which ones, and what `margin` is: `shedding.late_requests`.
         """
-        if not self._not_started:
+        if all(request.accepted for request in self._not_started.values()):
             return []
         now, load = time.monotonic(), self.load()
         settings = self.settings
@@ -193,18 +194,21 @@ class Engine:
                 len(request.prompt_ids),
                 request.params.brownout == "never",
                 request.params.priority,
+                request.accepted,
             )
             for request in queue
         ]
-        events: list[Event] = []
         started = load.waiting_tokens - sum(request.tokens for request in waiting)
-        for refusal in late_requests(pace, started, waiting, limit_s):
+        refusals = late_requests(pace, started, waiting, limit_s, margin)
+        for request in queue:
+            request.accepted = True
+        events: list[Event] = []
+        for refusal in refusals:
             self.abort(refusal.request_id)
             self.counters.requests_shed += 1
-            late_s = refusal.expected_s - limit_s
             message = (
-                f"the server is overloaded: the first token would come after about {refusal.expected_s:.1f} s, more than "
-                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(late_s))} s"
+                f"the server is overloaded: the first token would come after about {refusal.expected_s:.2g} s, too late for "
+                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(refusal.expected_s))} s"
             )
             events.append(RequestEnded(refusal.request_id, "rejected", message))
         return events

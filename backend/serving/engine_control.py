@@ -23,6 +23,11 @@ _WRITE_PERIOD_S = 0.02
 #: Slot usage reads the device.
 _USAGE_PERIOD_S = 0.5
 _SHED_PERIOD_S = 0.01
+#: Share of the limit that is kept for what the step model does not know: noise, and the way from and to Triton. It finds its
+#: own size: first tokens that come late raise it, others lower it, so that this share of those served is late.
+_MARGIN = (0.15, 0.5)
+_MARGIN_GAIN = 0.02
+_LATE_SHARE = 0.02
 
 
 class EngineControl:
@@ -45,6 +50,7 @@ class EngineControl:
         self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
         self._num_steps = self._num_prefill = self._num_decode = 0
         self._max_gap_s = 0.0
+        self._margin = _MARGIN[0]
         self._model = StepModel()
         self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
 
@@ -93,12 +99,16 @@ class EngineControl:
         if limit_s is None or not self._model.ready or now < self._next_shed_s:
             return []
         self._next_shed_s = now + _SHED_PERIOD_S
-        return self._engine.shed(self._model, limit_s, self._settings.floor)
+        return self._engine.shed(self._model, limit_s, self._settings.floor, self._margin)
 
     def served(self, ttft_s: Iterable[float], gaps: Iterable[tuple[float, int]]) -> None:
         """Latencies of responses handed to Triton: first ones, and gaps with the tokens that came with each."""
+        limit_s = self._engine.config.shed_ttft_s
         for seconds in ttft_s:
             self._ttft[bucket_of(seconds)] += 1
+            if limit_s is not None:
+                margin = self._margin + _MARGIN_GAIN * ((seconds > limit_s) - _LATE_SHARE)
+                self._margin = min(max(margin, _MARGIN[0]), _MARGIN[1])
         for gap_s, tokens in gaps:
             self._itl[bucket_of(gap_s / tokens)] += tokens
             self._max_gap_s = max(self._max_gap_s, gap_s)

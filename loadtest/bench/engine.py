@@ -71,8 +71,9 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=peer_spec,
         default=[],
-        metavar="transformers | vllm=PYTHON",
-        help="measure this engine in turn; PYTHON is the interpreter of an environment that has it",
+        metavar="transformers | vllm[:BINDING]=PYTHON",
+        help="measure this engine in turn; PYTHON is the interpreter of an environment that has it, BINDING the processors "
+        "of its threads (vllm: auto, nobind or as in 0-1; default auto)",
     )
 
 

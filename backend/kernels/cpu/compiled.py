@@ -31,6 +31,8 @@ exact_kernel = partial(njit, error_model="numpy", cache=True)
 parallel_kernel = partial(njit, fastmath=FAST_MATH, cache=True, parallel=True, nogil=True)
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
+#: Numbers up to which a pass over them is done by one thread: waking the others takes longer.
+FEW_NUMBERS = 2**16
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from backend.kernels.reference.attention_decode import decode_attention
 from backend.kernels.reference.attention_prefill import prefill_attention
+from backend.kernels.reference.gated_mlp import gated_mlp
 from backend.kernels.reference.grouped_experts import grouped_experts_forward
 from backend.kernels.reference.kv_store import rotate_and_store, store_kv
 from backend.kernels.reference.linear import linear
@@ -14,6 +15,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "decode_attention",
+    "gated_mlp",
     "grouped_experts_forward",
     "linear",
     "prefill_attention",

@@ -150,6 +150,15 @@ def test_peer_that_fails_half_way_is_dropped(start, monkeypatch):
     assert "out of luck" in result["peers"]["fake"]["error"] and len(result["runs"]) == 2
 
 
+def test_a_peer_may_be_measured_with_several_bindings():
+    specs = [peer_spec(f"{name}={sys.executable}") for name in ("vllm", "vllm:0-1", "vllm:auto")]
+    assert [(spec.name, spec.engine, spec.binding) for spec in specs] == [
+        ("vllm", "vllm", ""),
+        ("vllm:0-1", "vllm", "0-1"),
+        ("vllm:auto", "vllm", "auto"),
+    ]
+
+
 @pytest.mark.parametrize("text", ["vllm", "other=/bin/sh", "vllm=", "vllm=/no/such/python", "vllm=/tmp"])
 def test_unusable_peers_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):

@@ -235,13 +235,14 @@ def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Prog
         return pool
     # The engine is loaded only for recorded routing.
     from backend.elastic.predictor import LoadPredictor
-    from backend.elastic.recording import Recording, record_demo
+    from backend.elastic.recording import Recording, record_traffic
+    from backend.elastic.traffic import demo_questions
 
     if args.recording is not None:
         recording = Recording.read(args.recording)
     else:
         read_config(args.checkpoint)
-        recording = record_demo(str(args.checkpoint), progress)
+        recording = record_traffic(str(args.checkpoint), demo_questions(1, args.seed), 32, args.seed, progress)
     if args.predictor is not None:
         predictor = LoadPredictor.read(args.predictor, recording.fingerprint)
     else:

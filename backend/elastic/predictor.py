@@ -88,7 +88,7 @@ class LoadPredictor:
         return torch.bincount(chosen.flatten(), minlength=len(self.biases[layer, distance])).float()
 
     def write(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all; in float16, which is as good for choosing experts."""
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -97,14 +97,16 @@ class LoadPredictor:
         }
         tensors = {}
         for layer, distance in self.weights:
-            tensors[f"{layer}.{distance}.weight"] = self.weights[layer, distance].clone()
-            tensors[f"{layer}.{distance}.bias"] = self.biases[layer, distance].clone()
+            tensors[f"{layer}.{distance}.weight"] = self.weights[layer, distance]
+            tensors[f"{layer}.{distance}.bias"] = self.biases[layer, distance]
         for (layer, distance), added in self.hidden.items():
             for name, tensor in zip(_HIDDEN, added, strict=True):
-                tensors[f"{layer}.{distance}.{name}"] = tensor.clone()
+                tensors[f"{layer}.{distance}.{name}"] = tensor
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".new")
-        save_file(tensors, unfinished, {"load_predictor": json.dumps(header)})
+        # Copies: a router that serves at two distances is one tensor, and safetensors takes none twice.
+        halves = {name: tensor.to(torch.float16, copy=True) for name, tensor in tensors.items()}
+        save_file(halves, unfinished, {"load_predictor": json.dumps(header)})
         unfinished.replace(path)
 
     @classmethod
@@ -120,7 +122,7 @@ class LoadPredictor:
                     )
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
                     layer, distance, kind = name.split(".")
-                    found[kind][int(layer), int(distance)] = file.get_tensor(name)
+                    found[kind][int(layer), int(distance)] = file.get_tensor(name).float()
             tuned = frozenset((layer, distance) for layer, distance in header["tuned"])
             added = {pair: HiddenLayer(*(found[name][pair] for name in _HIDDEN)) for pair in found[_HIDDEN[0]]}
             predictor = cls(found["weight"], found["bias"], header["top_k"], header["fingerprint"], tuned, added)

@@ -153,7 +153,7 @@ class LastWindow:
         if not self._window:
             return self._uniform * assignments
         total = torch.stack(self._window).sum(0)
-        return total / total.sum() * assignments
+        return total / total.sum().clamp(min=1) * assignments
 
     def observe(self, loads: Tensor) -> None:
         """A step's true loads [E]."""

@@ -231,7 +231,7 @@ def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Prog
 def _arrivals(args: argparse.Namespace) -> Arrivals:
     if args.trace is not None:
         return read_trace(args.trace)
-    seconds = args.seconds * args.rate_scale
+    seconds = args.seconds * args.windows * args.rate_scale
     return poisson(args.rate, seconds, args.input_tokens, args.output_tokens, args.seed)
 
 

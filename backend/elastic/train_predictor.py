@@ -34,8 +34,10 @@ from backend.models.dummy import PREFIX
 #: Below this held-out recall a layer is fine-tuned (MoEless).
 ENOUGH = 0.8
 #: Width of the hidden layer where a matrix is not enough.
-HIDDEN_UNITS = 256
-_STEPS, _BATCH, _RATE, _CHECK_EVERY = 2500, 1024, 2e-3, 250
+HIDDEN_UNITS = 512
+#: Steps without and with hidden units.
+_STEPS, _HIDDEN_STEPS = 1000, 4000
+_BATCH, _RATE, _CHECK_EVERY = 512, 2e-3, 250
 #: Tokens of a simulated step over which load error is taken.
 _STEP_TOKENS = 64
 
@@ -79,14 +81,15 @@ def fine_tune(
         tensors += [inner, torch.zeros(units), torch.zeros(len(start[1]), units)]
     tensors = [tensor.requires_grad_() for tensor in tensors]
     optimizer = torch.optim.Adam(tensors, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    steps = _HIDDEN_STEPS if units else _STEPS
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def logits(inputs: Tensor) -> Tensor:
         out = F.linear(inputs, tensors[0], tensors[1])
         return out + HiddenLayer(*tensors[2:])(inputs) if units else out
 
     best, found = [tensor.detach().clone() for tensor in tensors], -1.0
-    for step in range(1, _STEPS + 1):
+    for step in range(1, steps + 1):
         rows = torch.randint(len(data.inputs), (min(_BATCH, len(data.inputs)),), generator=generator)
         optimizer.zero_grad()
         F.cross_entropy(logits(data.inputs[rows].float()), data.probabilities[rows]).backward()
@@ -153,7 +156,7 @@ def measure(
         inputs = recording.hidden[layer - distance]
         baselines = {"last_window": LastWindow(recording.num_experts), "ewma": Ewma(recording.num_experts)}
         errors: dict[str, list[float]] = {"predictor": [], "router": [], **{name: [] for name in baselines}}
-        for step in before.split(_STEP_TOKENS):
+        for step in before.split(_STEP_TOKENS) if len(before) else ():
             for baseline in baselines.values():
                 baseline.observe(_count(experts[step], recording.num_experts))
         for step in rows.split(_STEP_TOKENS):
@@ -188,7 +191,7 @@ def run(recording: Recording, distances: Sequence[int], seed: int, progress: Pro
         "held_out": measure(recording, predictor, testing, training),
     }
     report["by_domain"] = {
-        name: measure(recording, predictor, members)
+        name: measure(recording, predictor, members, training)
         for index, name in enumerate(recording.domain_names)
         if (members := [s for s in testing if domains[s] == index])
     }

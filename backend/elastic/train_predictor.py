@@ -40,6 +40,8 @@ _STEPS, _HIDDEN_STEPS = 1000, 4000
 _BATCH, _RATE, _CHECK_EVERY = 512, 2e-3, 250
 #: Tokens of a simulated step over which load error is taken.
 _STEP_TOKENS = 64
+#: Requests that share the steps of a batched measurement.
+_TOGETHER = 16
 
 
 class Data(NamedTuple):
@@ -145,21 +147,29 @@ def _data(recording: Recording, layer: int, distance: int, rows: Tensor) -> Data
 
 
 def measure(
-    recording: Recording, predictor: LoadPredictor, sequences: Sequence[int], warm_up: Sequence[int] = ()
+    recording: Recording,
+    predictor: LoadPredictor,
+    sequences: Sequence[int],
+    warm_up: Sequence[int] = (),
+    together: int = 1,
 ) -> list[dict[str, object]]:
-    """Recall and load errors per layer and distance over steps of 64 tokens; baselines have seen `warm_up` before."""
+    """Recall and load errors per layer and distance over steps of 64 tokens; baselines have seen `warm_up` before.
+
+    So many sequences advance `together`: the fewer, the more a step's load differs from that of the steps before.
+    """
     plain = LoadPredictor.of_recording(recording, *{distance for _, distance in predictor.weights})
-    rows, before = recording.rows_of(sequences), recording.rows_of(warm_up)
+    rows = recording.rows_of(sequences)
+    steps, before = steps_of(recording, sequences, together), steps_of(recording, warm_up, together)
     result = []
     for layer, distance in sorted(predictor.weights):
         experts = recording.experts[layer].long()
         inputs = recording.hidden[layer - distance]
         baselines = {"last_window": LastWindow(recording.num_experts), "ewma": Ewma(recording.num_experts)}
         errors: dict[str, list[float]] = {"predictor": [], "router": [], **{name: [] for name in baselines}}
-        for step in before.split(_STEP_TOKENS) if len(before) else ():
+        for step in before:
             for baseline in baselines.values():
                 baseline.observe(_count(experts[step], recording.num_experts))
-        for step in rows.split(_STEP_TOKENS):
+        for step in steps:
             loads = _count(experts[step], recording.num_experts)
             errors["predictor"].append(load_error(predictor.loads(inputs[step], layer, distance), loads))
             errors["router"].append(load_error(plain.loads(inputs[step], layer, distance), loads))
@@ -179,6 +189,16 @@ def measure(
     return result
 
 
+def steps_of(recording: Recording, sequences: Sequence[int], together: int) -> list[Tensor]:
+    """Tokens of each step of 64, when so many sequences are served at a time, token by token in turn."""
+    steps: list[Tensor] = []
+    for first in range(0, len(sequences), together):
+        group = [recording.rows_of([s]) for s in sequences[first : first + together]]
+        position = torch.cat([torch.arange(len(rows)) for rows in group])
+        steps += torch.cat(group)[position.argsort(stable=True)].split(_STEP_TOKENS)
+    return steps
+
+
 def run(recording: Recording, distances: Sequence[int], seed: int, progress: Progress) -> tuple[LoadPredictor, dict]:
     """(predictor trained on all domains, report as JSON values)."""
     training, testing = split_sequences(recording, seed)
@@ -189,6 +209,7 @@ def run(recording: Recording, distances: Sequence[int], seed: int, progress: Pro
         "tokens": recording.hidden.shape[1],
         "sequences": {"training": len(training), "held_out": len(testing)},
         "held_out": measure(recording, predictor, testing, training),
+        "held_out_batched": measure(recording, predictor, testing, training, _TOGETHER),
     }
     report["by_domain"] = {
         name: measure(recording, predictor, members, training)
@@ -201,6 +222,7 @@ def run(recording: Recording, distances: Sequence[int], seed: int, progress: Pro
         # Baselines come from the domains before the shift, and adapt as they go.
         abroad = train(recording, distances, known, seed, progress)
         report["domain_shift"] = measure(recording, abroad, shifted, known)
+        report["domain_shift_batched"] = measure(recording, abroad, shifted, known, _TOGETHER)
     return predictor, report
 
 
@@ -216,7 +238,13 @@ def _count(experts: Tensor, num_experts: int) -> Tensor:
 
 def show(report: dict, console: Console) -> None:
     """Tables for people."""
-    for key, title in (("held_out", "Held-out sequences"), ("domain_shift", "After a domain shift")):
+    titles = {
+        "held_out": "Held-out sequences, one at a time",
+        "held_out_batched": f"Held-out sequences, {_TOGETHER} at a time",
+        "domain_shift": "After a domain shift, one sequence at a time",
+        "domain_shift_batched": f"After a domain shift, {_TOGETHER} at a time",
+    }
+    for key, title in titles.items():
         if key not in report:
             continue
         table = Table(title=title)

@@ -11,7 +11,7 @@ from backend.config import DEMO_CHECKPOINT
 from backend.elastic.predictor import FILE_NAME, Ewma, HiddenLayer, LastWindow, LoadPredictor, load_error, recall
 from backend.elastic.recording import Recording, fingerprint_of, record, record_traffic
 from backend.elastic.traffic import demo_questions, mixed
-from backend.elastic.train_predictor import measure, run, split_sequences, train
+from backend.elastic.train_predictor import measure, run, split_sequences, steps_of, train
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError
@@ -151,6 +151,14 @@ def test_mixed_traffic_has_passages_of_every_text_and_questions(tmp_path):
         mixed(tmp_path, passages=4, length=30, repeats=1, seed=0)
     with raises(ConfigError, match="has no texts"):
         mixed(tmp_path / "absent", passages=1, length=1, repeats=1, seed=0)
+
+
+def test_steps_take_the_tokens_of_sequences_served_together_in_turn():
+    recording = synthetic(1.0, tokens=150)  # three sequences of 50
+    assert [step.tolist() for step in steps_of(recording, [0], 1)] == [list(range(50))]
+    together = torch.cat(steps_of(recording, [0, 2], 2)).tolist()
+    assert together[:4] == [0, 100, 1, 101] and sorted(together) == [*range(50), *range(100, 150)]
+    assert [len(step) for step in steps_of(recording, [0, 2], 2)] == [64, 36]
 
 
 def test_held_out_sequences_are_of_every_domain_and_never_trained_on():

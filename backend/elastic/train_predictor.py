@@ -191,12 +191,12 @@ def measure(
 
 def steps_of(recording: Recording, sequences: Sequence[int], together: int) -> list[Tensor]:
     """Tokens of each step of 64, when so many sequences are served at a time, token by token in turn."""
-    steps: list[Tensor] = []
+    order: list[Tensor] = []
     for first in range(0, len(sequences), together):
         group = [recording.rows_of([s]) for s in sequences[first : first + together]]
         position = torch.cat([torch.arange(len(rows)) for rows in group])
-        steps += torch.cat(group)[position.argsort(stable=True)].split(_STEP_TOKENS)
-    return steps
+        order.append(torch.cat(group)[position.argsort(stable=True)])
+    return list(torch.cat(order).split(_STEP_TOKENS)) if order else []
 
 
 def run(recording: Recording, distances: Sequence[int], seed: int, progress: Progress) -> tuple[LoadPredictor, dict]:

@@ -155,7 +155,7 @@ def test_mixed_traffic_has_passages_of_every_text_and_questions(tmp_path):
 
 def test_steps_take_the_tokens_of_sequences_served_together_in_turn():
     recording = synthetic(1.0, tokens=150)  # three sequences of 50
-    assert [step.tolist() for step in steps_of(recording, [0], 1)] == [list(range(50))]
+    assert torch.cat(steps_of(recording, [2, 0], 1)).tolist() == [*range(100, 150), *range(50)]
     together = torch.cat(steps_of(recording, [0, 2], 2)).tolist()
     assert together[:4] == [0, 100, 1, 101] and sorted(together) == [*range(50), *range(100, 150)]
     assert [len(step) for step in steps_of(recording, [0, 2], 2)] == [64, 36]

@@ -29,6 +29,7 @@ from backend.engine.sampler import Sampled, sample
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import InvalidRequestError, UnavailableError
+from backend.experts.resident import ExpertTelemetry
 
 Event = TokenOutput | RequestEnded
 
@@ -247,6 +248,11 @@ class Engine:
             active_slots_by_layer=active_slots,
             united_share=self._united_share,
         )
+
+    def expert_telemetry(self) -> ExpertTelemetry:
+        """What the expert pool has done since the start; cheap."""
+        pool = self.runner.model.pool
+        return ExpertTelemetry() if pool is None else pool.telemetry()
 
     def _book(self, schedule: Schedule) -> list[Sequence]:
         """Record what was computed; returns the sequences that have logits, in the order of the logits' rows."""

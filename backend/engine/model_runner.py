@@ -43,10 +43,13 @@ class ModelRunner:
             attention=config.attention_backend,
             united=config.united,
             similarity=config.similarity,
+            pool=config.pool,
         )
         #: Brownout settings that the model can follow.
         self.available = Available(
-            self.model.ways, all(block.similarity is not None for block in self.model.moe_blocks)
+            self.model.ways,
+            all(block.similarity is not None for block in self.model.moe_blocks),
+            self.model.pool is not None and not self.model.pool.always_waits,
         )
         if config.widen_experts > 1:
             self.model.widen_experts(config.widen_experts)
@@ -94,10 +97,17 @@ class ModelRunner:
         Raises ConfigError, and changes nothing, if they need united experts or similarities that are not loaded.
         """
         way = self.available.way_of(settings)
+        pool = self.model.pool
+        if pool is not None and not settings.dims and not settings.way:
+            way = min(self.model.ways, default=0)  # only missing experts are replaced: by the most exact ones
         table = [settings.by_class()] * self.model.config.num_layers
         self.model.set_thresholds(table)
         #: For each token class whether experts may be replaced in some layer.
         self.browned_classes = tuple(min(column) < 1.0 for column in zip(*table, strict=True))
+        if pool is not None:
+            self.browned_classes = tuple(
+                browned or not waits for browned, waits in zip(self.browned_classes, pool.waits, strict=True)
+            )
         # With every threshold at 1 all mechanisms do nothing; this one does it most cheaply.
         mechanism = settings.mechanism if settings.dims else "united"
         self.model.set_replacement(mechanism, settings.ranking, way, settings.similarity_min)
@@ -106,7 +116,13 @@ class ModelRunner:
     def run(self, schedule: Schedule) -> torch.Tensor:
         """Logits [R, vocab] in float32, one row per sequence whose known tokens are computed by this step, in order."""
         batch = build_batch(schedule, self.block_size, self.device)
-        if self.graphs is not None and self.graphs.accepts(batch):
+        replays = self.graphs is not None and self.graphs.accepts(batch)
+        if (pool := self.model.pool) is not None:
+            # A captured step cannot wait for weights.
+            replays = replays and not pool.always_waits and not any(s.never_browned for s in schedule.sequences)
+            pool.between_steps(captured=replays)
+        if replays:
+            assert self.graphs is not None
             return self.graphs.run(batch, self.model.variant)
         return self.model.forward(batch, self.kv_cache)
 

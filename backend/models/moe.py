@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backend.experts.expert_map import ExpertMap
+from backend.experts.pool import ExpertPool, LocalExperts
 from backend.experts.weight_store import ExpertWeights
 from backend.kernels.reference.remap import BY_TOKEN
 from backend.models.config import ModelConfig
@@ -32,7 +33,8 @@ class Replacement:
 class MoeBlock:
     """One layer's router, experts and, in some families, shared expert behind a sigmoid gate.
 
-    Slots of the expert weights: the originals, then the united experts of each way, ascending.
+    Slots of the expert weights: the originals (or as many of them as there is room for), then the united experts of each way,
+    ascending.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class MoeBlock:
         thresholds: Tensor,
         replacement: Replacement,
         groups: Mapping[int, Tensor],
+        num_resident: int,
     ) -> None:
-        """`thresholds` [classes] is this layer's row of the model's table; `groups` [E] by way of united experts."""
+        """`thresholds` [classes] is this layer's row of the model's table; `groups` [E] by way of united experts;
+        `num_resident` slots for originals."""
         self.kernels = backing.kernels
         self.top_k, self.renormalize = config.top_k, config.norm_topk_prob
         self.names = config.names
@@ -54,15 +58,17 @@ class MoeBlock:
         self.router = backing.matrix(config.num_experts, config.hidden_size)
         #: [E] float32 added to the router's logits; dummy models skew their routing with it.
         self.router_bias: Tensor | None = None
-        num_slots = config.num_experts
+        num_slots = num_resident
         self._united: dict[int, slice] = {}
         for way in sorted(groups):
             self._united[way] = slice(num_slots, num_slots + int(groups[way].max()) + 1)
             num_slots = self._united[way].stop
-        self.expert_map = ExpertMap(config.num_experts, num_slots, backing.device)
+        self.expert_map = ExpertMap(config.num_experts, num_slots, backing.device, num_resident)
         for way, slots in self._united.items():
             self.expert_map.add_way(way, groups[way], slots.start)
         self.experts = ExpertWeights(num_slots, config.hidden_size, config.expert_size, backing.dtype, backing.device)
+        #: What computes the experts.
+        self.pool: ExpertPool = LocalExperts(backing.kernels, self.experts)
         #: [T, K] slots that served the last step's assignments, for telemetry.
         self.last_slots: Tensor | None = None
         self.shared_expert: GatedMLP | None = None
@@ -72,16 +78,30 @@ class MoeBlock:
             self.shared_gate = Linear(backing, config.hidden_size, (1,))
 
     def weights(self, layer_prefix: str) -> Iterator[NamedWeight]:
+        """Without a slot for every expert, those of the experts stand there as tensors without storage (device `meta`)."""
         prefix = f"{layer_prefix}.{self.names.moe_block}"
         yield f"{prefix}.gate.weight", self.router
+        local = self.expert_map.num_resident == self.expert_map.num_experts
         for expert in range(self.expert_map.num_experts):
-            name = f"{prefix}.experts.{expert}"
-            yield f"{name}.{self.names.gate}.weight", self.experts.gate(expert)
-            yield f"{name}.{self.names.up}.weight", self.experts.up(expert)
-            yield f"{name}.{self.names.down}.weight", self.experts.down(expert)
+            slot = expert if local else 0
+            parts = (self.experts.gate(slot), self.experts.up(slot), self.experts.down(slot))
+            for name, part in zip(self.expert_names(layer_prefix, expert), parts, strict=True):
+                yield name, part if local else part.to("meta")
         if self.shared_expert is not None and self.shared_gate is not None:
             yield from self.shared_expert.weights(f"{prefix}.shared_expert")
             yield from self.shared_gate.weights(f"{prefix}.shared_expert_gate")
+
+    def expert_names(self, layer_prefix: str, expert: int) -> tuple[str, str, str]:
+        """Checkpoint names of an expert's gate, up and down."""
+        name = f"{layer_prefix}.{self.names.moe_block}.experts.{expert}"
+        return tuple(f"{name}.{part}.weight" for part in (self.names.gate, self.names.up, self.names.down))  # type: ignore[return-value]
+
+    def original_weights(self) -> tuple[Tensor, Tensor]:
+        """w13 [E, 2 * I, M] and w2 [E, M, I] of the experts, not widened; a copy if not all of them have slots."""
+        if isinstance(self.pool, LocalExperts):
+            num_experts = self.expert_map.num_experts
+            return self.experts.w13[:num_experts], self.experts.w2[:num_experts]
+        return self.pool.original_weights()
 
     def united_weights(self, way: int) -> tuple[Tensor, Tensor]:
         """Views w13 [G, 2 * I, M] and w2 [G, M, I] of the united experts of a way, by group."""
@@ -95,9 +115,10 @@ class MoeBlock:
         Rows from `num_tokens` on are padding.
         """
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
+        self.pool.admit(x, experts, token_class, num_tokens)
         slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens)
         self.last_slots = slots
-        out = self.kernels.grouped_experts_forward(x, self.experts.w13, self.experts.w2, slots, weights)
+        out = self.pool.forward(x, slots, weights)
         if self.shared_expert is not None and self.shared_gate is not None:
             out.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared_expert(x))
         return out

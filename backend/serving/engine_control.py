@@ -44,7 +44,7 @@ class EngineControl:
         row["pid"], row["generation"] = os.getpid(), generation
         available = engine.available
         row["ways"] = sum(1 << (way % 64) for way in available.ways)
-        row["similarity"] = available.similarity
+        row["similarity"], row["missing_experts"] = available.similarity, available.missing_experts
         # Views of the record's arrays: writing through them is cheaper than by name each step.
         self._steps, self._prefill, self._decode = row["steps"], row["prefill_step_counts"], row["decode_step_counts"]
         self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
@@ -140,6 +140,11 @@ class EngineControl:
         row["kv_usage_ratio"] = load.kv_usage_ratio
         row["max_batch_tokens"], row["max_running"] = load.max_batch_tokens, load.max_running
         row["max_gap_s"] = self._max_gap_s
+        experts = engine.expert_telemetry()
+        row["resident_share"] = experts.resident_share
+        row["expert_misses"], row["expert_stalls"] = experts.misses, experts.stalls
+        row["expert_stall_s"], row["expert_bytes_moved"] = experts.stall_s, experts.bytes_moved
+        row["expert_prefetches"], row["expert_prefetch_hits"] = experts.prefetches, experts.prefetch_hits
         if now >= self._next_usage_s and engine.has_work:
             self._next_usage_s = now + _USAGE_PERIOD_S
             stats = engine.stats()

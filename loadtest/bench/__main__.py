@@ -8,12 +8,13 @@ import sys
 from rich.console import Console
 
 from backend.errors import ConfigError
-from loadtest.bench import control, engine, everything, kernels, scheduler, server, tune
+from loadtest.bench import control, engine, everything, kernels, resident, scheduler, server, tune
 
 COMMANDS = {
     "kernels": kernels,
     "scheduler": scheduler,
     "engine": engine,
+    "resident": resident,
     "server": server,
     "control": control,
     "tune": tune,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from backend.brownout.settings import MECHANISMS
 from backend.errors import ConfigError
+from controller.laws.predictive import BRIGHTEN_PER_S, HYSTERESIS, MARGIN
 
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
 #: A setting's name in capitals after this is an environment variable that gives it.
@@ -48,12 +49,12 @@ class ControllerConfig(BaseModel):
         None, ge=0, le=100, description="percent; dim no further than a level of the profile that loses so much"
     )
     profile: Path | None = Field(None, description="calibrated levels (default: those that the server has)")
-    margin: float = Field(0.2, ge=0, le=0.5, description="predictive: share of the objectives that is kept free")
+    margin: float = Field(MARGIN, ge=0, le=0.5, description="predictive: share of the objectives that is kept free")
     hysteresis: float = Field(
-        0.1, ge=0, le=0.5, description="predictive: share that must be free beyond the margin to brighten"
+        HYSTERESIS, ge=0, le=0.5, description="predictive: share that must be free beyond the margin to brighten"
     )
     brighten_rate: float = Field(
-        0.5, gt=0, le=10, description="predictive: how far thresholds rise in a second at most"
+        BRIGHTEN_PER_S, gt=0, le=10, description="predictive: how far thresholds rise in a second at most"
     )
     mechanism: Literal[MECHANISMS] | None = Field(None, description="default: the level's, else the server's baseline")
     way: int | None = Field(None, ge=0, le=64, description="experts per united expert; default as for mechanism")

@@ -12,6 +12,8 @@ from backend.brownout.step_model import DECODE_UNIT, PREFILL_UNIT, Array, StepMo
 from controller.laws.base import Decision, Law, Limits
 from controller.reading import EngineReading, Reading
 
+#: The knobs of the configuration, where nobody sets them.
+MARGIN, HYSTERESIS, BRIGHTEN_PER_S = 0.2, 0.1, 0.5
 #: Thresholds per axis of the grid that is searched.
 _GRID = 21
 #: Steps that stand for the present mix of prefill and decode.
@@ -44,9 +46,9 @@ class Predictive(Law):
         self,
         limits: Limits,
         *,
-        margin: float = 0.2,
-        hysteresis: float = 0.1,
-        brighten_per_s: float = 0.5,
+        margin: float = MARGIN,
+        hysteresis: float = HYSTERESIS,
+        brighten_per_s: float = BRIGHTEN_PER_S,
         arrivals_time_s: float = 3.0,
         horizon_s: float = 3.0,
         model: StepModel | None = None,
@@ -202,7 +204,10 @@ class Predictive(Law):
         for _ in range(_HORIZON_PARTS):
             ended = np.minimum(running, load.slots) / (output * last)
             running = np.maximum(running + (engine.requests_per_s - ended) * self._horizon_s / _HORIZON_PARTS, 0.0)
-            last = np.maximum((fixed + np.minimum(running, load.slots) * token) / free, 1e-6)
+            decodes = np.minimum(running, min(load.slots, load.max_batch_tokens))
+            # What the token budget of a step does not hold waits in the queue and makes no step longer.
+            full = self.model.predict_s(load.max_batch_tokens - decodes, decodes, theta_prefill, theta_decode)
+            last = np.maximum(np.minimum((fixed + decodes * token) / free, full), 1e-6)
         return np.maximum(last / first, 1.0)
 
     def _sustained(self, reading: Reading, theta_prefill: Array, theta_decode: Array) -> Array:

@@ -41,10 +41,10 @@ def prefill_attention(
         )
     out = torch.empty(q.shape)
     _prefill(
-        q.float().numpy(),
+        q.float().contiguous().numpy(),
         as_array(k_cache),
         as_array(v_cache),
-        block_tables.numpy(),
+        block_tables.contiguous().numpy(),
         np.asarray(query_lens, np.int64),
         np.asarray(context_lens, np.int64),
         np.float32(scale),

@@ -76,7 +76,9 @@ def tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
     quality = runs[-1].quality
     if quality is not None:
         at_least = "≥ " if quality.is_lower_bound else ""
-        found.append((f"{measure_name(quality.measure)} lost", "", f"{at_least}{quality.mean_loss_percent:.1f}%"))
+        found.append(
+            (f"the price: {measure_name(quality.measure)} lost", "", f"{at_least}{quality.mean_loss_percent:.1f}%")
+        )
     return found
 
 

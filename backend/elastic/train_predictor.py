@@ -34,10 +34,8 @@ from backend.models.dummy import PREFIX
 #: Below this held-out recall a layer is fine-tuned (MoEless).
 ENOUGH = 0.8
 #: Width of the hidden layer where a matrix is not enough.
-HIDDEN_UNITS = 512
-#: Steps without and with hidden units.
-_STEPS, _HIDDEN_STEPS = 1000, 4000
-_BATCH, _RATE, _CHECK_EVERY = 512, 2e-3, 250
+HIDDEN_UNITS = 256
+_STEPS, _BATCH, _RATE, _CHECK_EVERY = 2500, 1024, 2e-3, 250
 #: Tokens of a simulated step over which load error is taken.
 _STEP_TOKENS = 64
 #: Requests that share the steps of a batched measurement.
@@ -83,15 +81,14 @@ def fine_tune(
         tensors += [inner, torch.zeros(units), torch.zeros(len(start[1]), units)]
     tensors = [tensor.requires_grad_() for tensor in tensors]
     optimizer = torch.optim.Adam(tensors, lr=_RATE)
-    steps = _HIDDEN_STEPS if units else _STEPS
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
 
     def logits(inputs: Tensor) -> Tensor:
         out = F.linear(inputs, tensors[0], tensors[1])
         return out + HiddenLayer(*tensors[2:])(inputs) if units else out
 
     best, found = [tensor.detach().clone() for tensor in tensors], -1.0
-    for step in range(1, steps + 1):
+    for step in range(1, _STEPS + 1):
         rows = torch.randint(len(data.inputs), (min(_BATCH, len(data.inputs)),), generator=generator)
         optimizer.zero_grad()
         F.cross_entropy(logits(data.inputs[rows].float()), data.probabilities[rows]).backward()

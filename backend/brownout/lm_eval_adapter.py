@@ -166,9 +166,6 @@ def main() -> int:
     except ImportError:
         print("The lm-evaluation-harness is not installed: pip install lm-eval", file=sys.stderr)
         return 1
-    # The class is registered when this module is imported under its own name, not as __main__.
-    import backend.brownout.lm_eval_adapter  # noqa: F401
-
     cli_evaluate()
     return 0
 

@@ -1,7 +1,8 @@
 """Resident expert pool beside the local one: quality, speed and memory, with and without prediction.
 
-The variants answer the same questions with the same number of requests running (--questions), and then complete the same random
-prompts in turn (--runs), on engines that live side by side. `predictor` is measured where the checkpoint has one.
+The names say what serves a missing expert and what is fetched ahead. The variants answer the same questions with the same number
+of requests running (--questions), and then complete the same random prompts in turn (--runs), on engines that live side by side.
+`predictor` is measured where the checkpoint has one.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ HELP = "resident expert pool beside the local one"
 #: Parameters of the engines by name; `local` is what the others are compared with.
 VARIANTS: dict[str, dict[str, object]] = {
     "local": {},
-    "united, nothing fetched": {"expert_pool": "resident", "expert_prefetch": "none"},
-    "united, past loads": {"expert_pool": "resident", "expert_prefetch": "ewma"},
-    "united, predictor": {"expert_pool": "resident", "expert_prefetch": "predictor"},
-    "wait, nothing fetched": {"expert_pool": "resident", "expert_miss": "wait", "expert_prefetch": "none"},
+    "united-none": {"expert_pool": "resident", "expert_prefetch": "none"},
+    "united-ewma": {"expert_pool": "resident", "expert_prefetch": "ewma"},
+    "united-predictor": {"expert_pool": "resident", "expert_prefetch": "predictor"},
+    "wait-none": {"expert_pool": "resident", "expert_miss": "wait", "expert_prefetch": "none"},
     "wait": {"expert_pool": "resident", "expert_miss": "wait"},
 }
 
@@ -135,8 +136,8 @@ def _compare(rows: dict[str, dict]) -> None:
 def _show(rows: dict[str, dict], console: Console) -> None:
     table = Table(title="Expert pools", box=SIMPLE_HEAD, pad_edge=False)
     columns = (
-        "experts",
-        "united",
+        "own %",
+        "united %",
         "repl. %",
         "letter loss %",
         "exact loss %",
@@ -146,12 +147,12 @@ def _show(rows: dict[str, dict], console: Console) -> None:
         "stalled s",
         "MB moved",
     )
-    table.add_column("pool")
+    table.add_column("pool", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        share = row["resident_bytes"] / row["all_experts_bytes"]
-        cells = [f"{100 * share:.0f} %", f"+{100 * row['united_bytes'] / row['all_experts_bytes']:.0f} %"]
+        shares = (row[key] / row["all_experts_bytes"] for key in ("resident_bytes", "united_bytes"))
+        cells = [f"{100 * share:.0f}" for share in shares]
         cells += [f"{100 * row['quality']['united_share']:.1f}"] if "quality" in row else [""]
         cells += [f"{row['loss'][form]['mean']:.2f}" if "loss" in row else "" for form in ("letter", "free")]
         timed = row.get("timed")

@@ -100,7 +100,7 @@ def test_past_loads_tell_which_experts_to_hold():
         found = engine.expert_telemetry()
         return found.misses / found.assignments
 
-    assert misses("ewma") < 0.6 * misses("none")
+    assert misses("ewma") < 0.8 * misses("none")
 
 
 def test_checkpoint_whose_experts_do_not_fit_is_served_from_the_mapped_file(tmp_path: Path):

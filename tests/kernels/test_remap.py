@@ -162,6 +162,7 @@ def example(thresholds: tuple[float, ...], token_class: tuple[int, ...] = (1, 1,
         similarity=torch.zeros(6, 6),
         similarity_min=torch.tensor(0.0),
         num_tokens=5,
+        missing=torch.zeros(6, dtype=torch.bool),
     )
     return remap(case, "united")
 

@@ -21,6 +21,8 @@ _RECENT_STEPS = 64
 #: A prediction may be corrected by what was served up to this factor.
 _MAX_TRIM = 3.0
 _TRIM_FADES_S = 5.0
+#: P90 of the rest of one step and all of the next, in P90s of a step: rarely are both that long.
+_STEPS_WITHOUT_QUEUE = 1.7
 #: Euler steps over the horizon.
 _HORIZON_PARTS = 6
 #: Brightness that moving a threshold by 1 must be worth: keeps the pair from wandering between equals.
@@ -91,7 +93,7 @@ class Predictive(Law):
             growth = self._growth(engine, theta_prefill, theta_decode)
             itl = np.maximum(itl, growth * self._itl_s(index, theta_prefill, theta_decode))
             ttft = np.maximum(ttft, self._ttft_s(engine.load, theta_prefill, theta_decode))
-            ttft = np.maximum(ttft, 2 * growth * self._step_s(index, theta_prefill, theta_decode))
+            ttft = np.maximum(ttft, _STEPS_WITHOUT_QUEUE * growth * self._step_s(index, theta_prefill, theta_decode))
         return ttft * self._ttft.factor, itl * self._itl.factor
 
     def _choose(self, reading: Reading, dt_s: float) -> Decision:

@@ -45,7 +45,8 @@ def llm(text_checkpoint):
 
 
 def test_a_layer_alone_is_dimmed(llm):
-    text = Text({"a": [llm.tokenizer.encode("the lazy dog " * 3)] * 4}, 4, decode=True)
+    windows = np.random.default_rng(0).integers(0, 256, (4, 24)).tolist()
+    text = Text({"a": windows}, 4, decode=True)
     text.keep_full(llm.engine.vocab_size)
     text.score(llm)
     apply_by_layer(llm, Settings(threshold_prefill=0.5, threshold_decode=0.5, way=4), [0.0, 1.0])
@@ -70,4 +71,4 @@ def test_the_command_compares_at_no_more_slots(text_checkpoint, tmp_path, capsys
     assert pair["uniform"]["text"]["divergence"]["words"] > 0
     assert "One layer dimmed alone" in capsys.readouterr().out
     assert main([str(text_checkpoint)]) == 1
-    assert "--divergence needs --text" in capsys.readouterr().out
+    assert "give --questions, --text" in capsys.readouterr().out

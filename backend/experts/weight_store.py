@@ -40,7 +40,7 @@ class ExpertWeights:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot."""
-        return (self.w13[0].numel() + self.w2[0].numel()) * self.w13.element_size()
+        return (self.w13.shape[1:].numel() + self.w2.shape[1:].numel()) * self.w13.element_size()
 
     def gate(self, slot: int) -> Tensor:
         """View [I, M] of a slot's gate projection."""

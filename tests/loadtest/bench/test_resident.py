@@ -10,7 +10,7 @@ from loadtest.bench.__main__ import main
 
 def test_variants_are_timed_in_turn_and_compared_with_local(tmp_path: Path, capsys) -> None:
     report = tmp_path / "resident.json"
-    sizes = ["--requests", "2", "--prompt-tokens", "12", "--new-tokens", "3", "--runs", "2"]
+    sizes = ["--requests", "8", "--prompt-tokens", "40", "--new-tokens", "3", "--runs", "2"]
     chosen = ["--variants", "local", "united-ewma", "wait"]
     assert main(["resident", "--united", "4", *sizes, *chosen, "--json", str(report)]) == 0
     found = json.loads(report.read_text())["variants"]

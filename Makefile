@@ -7,7 +7,7 @@ REQUIREMENTS := requirements.txt requirements-server.txt
 STAMP := $(VENV)/.setup-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 # The interpreter to make the environment with: Python 3.11 or 3.12 with a shared libpython. Default: the first on PATH.
 PYTHON ?=
-# Further arguments of the command that a target runs, such as: make serve ARGS="--http-port 9000"
+# Further arguments of the command that a target runs, such as: make serve ARGS="--http-port 9000 -- --ttft-slo 0.5"
 ARGS ?=
 
 .PHONY: setup demo test serve lint clean
@@ -40,13 +40,13 @@ $(VENV)/.made:
 	touch $@
 
 demo: setup
-	$(PY) -m loadtest.demo $(ARGS)
+	$(PY) -m loadtest.demo $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
 
 test: setup
 	$(PY) -m pytest $(ARGS)
 
 serve: setup
-	exec $(PY) -m backend.serving.launch $(ARGS)
+	exec $(PY) -m controller.serve $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from backend.errors import ConfigError
+from backend.experts.options import PoolOptions
 
 ENV_PREFIX = "MOE_LLM_"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -78,6 +79,17 @@ class EngineConfig:
     drain_timeout_s: float = 5.0
     #: Threads of the engine's CPU kernels; default: torch's own choice.
     cpu_threads: int | None = None
+    #: `local`: all experts on the device; `resident`: some of them, the others in the memory-mapped checkpoint (CPU) or pinned
+    #: host memory (CUDA), from where those that are expected to be needed are fetched.
+    expert_pool: str = "local"
+    #: With `resident`: the share of each layer's experts that the device holds (0.5), or the bytes for them (2G).
+    resident_experts: str = "0.5"
+    #: What serves an expert that is not there: `united` (its group's united expert; requests that are never browned out wait
+    #: nevertheless) or `wait` (itself: every step waits for what it needs).
+    expert_miss: str = "united"
+    #: What experts are fetched by: `predictor` (load-predictor.safetensors beside the checkpoint), `ewma` (past loads), `auto`
+    #: (the predictor if there is one) or `none` (nothing is fetched ahead).
+    expert_prefetch: str = "auto"
     #: Repeat the intermediate neurons of each routed and united expert so often and divide their down projections by it:
     #: the same function at so many times the cost, to see on a small model what a large one gains.
     widen_experts: int = 1
@@ -114,8 +126,21 @@ class EngineConfig:
         )
         check(self.shed_ttft_s is None or self.shed_ttft_s > 0, "shed_ttft_s", "greater than 0 seconds")
         check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
+        _ = self.pool  # raises for unusable values
+        # The resident pool fetches weights in the type of the checkpoint, and looks at loads between steps.
+        for name, value, other in (("expert_dtype", "fp8", "auto"), ("async_scheduling", "on", "auto or off")):
+            if self.expert_pool != "local" and getattr(self, name) == value:
+                raise ConfigError(
+                    f"parameter {name} is {value}, which needs expert_pool local, but that is {self.expert_pool}; set {name} "
+                    f"to {other}, or expert_pool to local"
+                )
         check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
         check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")
+
+    @property
+    def pool(self) -> PoolOptions:
+        """Which pool serves the experts."""
+        return PoolOptions(self.expert_pool, self.resident_experts, self.expert_miss, self.expert_prefetch)
 
     @property
     def devices(self) -> tuple[str, ...]:

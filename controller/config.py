@@ -1,4 +1,4 @@
-"""The controller's configuration: a TOML file, flags that win over it, and one check of both."""
+"""The controller's configuration: a TOML file, the environment over it, flags over both, and one check of all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from backend.brownout.settings import MECHANISMS
 from backend.errors import ConfigError
+from controller.laws.predictive import BRIGHTEN_PER_S, HYSTERESIS, MARGIN
 
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
+#: A setting's name in capitals after this is an environment variable that gives it.
+ENV_PREFIX = "CONTROLLER_"
 
 
 def _default_owner() -> str:
@@ -22,7 +25,10 @@ def _default_owner() -> str:
 
 
 class ControllerConfig(BaseModel):
-    """Every field is a key of the file and, without `_s` and with dashes, a flag. Times in seconds."""
+    """Every field is a key of the file, an environment variable CONTROLLER_<NAME> and, without `_s` and with dashes, a flag.
+
+    Times in seconds.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,6 +49,13 @@ class ControllerConfig(BaseModel):
         None, ge=0, le=100, description="percent; dim no further than a level of the profile that loses so much"
     )
     profile: Path | None = Field(None, description="calibrated levels (default: those that the server has)")
+    margin: float = Field(MARGIN, ge=0, le=0.5, description="predictive: share of the objectives that is kept free")
+    hysteresis: float = Field(
+        HYSTERESIS, ge=0, le=0.5, description="predictive: share that must be free beyond the margin to brighten"
+    )
+    brighten_rate: float = Field(
+        BRIGHTEN_PER_S, gt=0, le=10, description="predictive: how far thresholds rise in a second at most"
+    )
     mechanism: Literal[MECHANISMS] | None = Field(None, description="default: the level's, else the server's baseline")
     way: int | None = Field(None, ge=0, le=64, description="experts per united expert; default as for mechanism")
     stale_after_s: float = Field(2.0, gt=0, description="older telemetry is unknown: hold")
@@ -61,7 +74,12 @@ class ControllerConfig(BaseModel):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every field, without a default: what is not given comes from the file."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any of the settings below")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="TOML file with any of the settings below, which also come from the environment as CONTROLLER_<NAME>",
+    )
     for name, field in ControllerConfig.model_fields.items():
         default = "" if field.is_required() or field.default in (None, "") else field.default
         shown = f" (default {default})" if isinstance(default, str | int | float) and default != "" else ""
@@ -74,7 +92,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> ControllerConfig:
-    """The file's values with the flags' over them. Raises ConfigError, naming each bad one."""
+    """The file's values, the environment's over them (an empty one is none) and the flags' over these.
+
+    Raises ConfigError, naming each bad one.
+    """
     values: dict[str, object] = {}
     if args.config is not None:
         try:
@@ -84,8 +105,9 @@ def read_config(args: argparse.Namespace) -> ControllerConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the configuration {args.config} is not TOML: {error}") from None
     for name in ControllerConfig.model_fields:
-        if getattr(args, name) is not None:
-            values[name] = getattr(args, name)
+        flag, variable = getattr(args, name), os.environ.get(ENV_PREFIX + name.upper())
+        if flag is not None or variable:
+            values[name] = variable if flag is None else flag
     try:
         return ControllerConfig.model_validate(values)
     except ValidationError as error:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from backend.brownout.profile import Level, deepest_within
 from backend.brownout.step_model import StepModel
 from backend.errors import ConfigError
-from controller.client import Held, Plane, Unreachable
+from controller.client import Held, Plane, Refused, Unreachable
 from controller.config import ControllerConfig
 from controller.event_log import Event, EventLog
 from controller.laws import LAWS, Law, Limits, Predictive
@@ -49,7 +49,14 @@ def make_law(config: ControllerConfig, levels: Sequence[Level], model: StepModel
         extra["way"] = config.way
     limits = Limits(config.ttft_slo_s, config.itl_slo_s, floor_prefill, floor_decode)
     if config.law == "predictive":
-        return Predictive(limits, model=model), extra
+        law = Predictive(
+            limits,
+            margin=config.margin,
+            hysteresis=config.hysteresis,
+            brighten_per_s=config.brighten_rate,
+            model=model,
+        )
+        return law, extra
     return LAWS[config.law](limits), extra
 
 
@@ -122,12 +129,24 @@ class Controller:
             return
         self._blind_s = 0.0
         if self._resume:
+            self._check_mechanism(status)
             event.resumed = (reading.threshold_prefill, reading.threshold_decode)
             self._law.resume(*event.resumed)
             self._resume = False
         self._decide(event, reading, dt_s)
         event.mode = "dry_run" if self._dry_run else "control"
         self._set(event)
+
+    def _check_mechanism(self, status: Mapping) -> None:
+        """Raises Refused if the server's model cannot be dimmed in this way: better now than in the middle of a burst."""
+        limits = self._law.limits
+        wanted = self._extra.get("mechanism", status["settings"]["baseline"]["mechanism"])
+        there = status["available"]["mechanisms"]
+        if wanted not in there and min(limits.min_threshold_prefill, limits.min_threshold_decode) < 1:
+            raise Refused(
+                f"the server's model has not what mechanism {wanted} needs; it can do {', '.join(there)} (--mechanism), or "
+                "nothing at all (--law off)"
+            )
 
     def _hold(self, event: Event, dt_s: float) -> None:
         """Keep what is in force by renewing the lease, for a while; then give it back."""

@@ -69,6 +69,7 @@ class _Live:
     prompt_left: int
     output: int = 0
     first_s: float = 0.0
+    accepted: bool = False
 
 
 @dataclass
@@ -147,13 +148,17 @@ class Simulation:
         return outcome
 
     def _shed(self, now: float, limit_s: float, outcome: Outcome) -> None:
-        queue = [Waiting(live, now - live.job.arrival_s, live.prompt_left) for live in self._waiting]
+        queue = [
+            Waiting(live, now - live.job.arrival_s, live.prompt_left, accepted=live.accepted) for live in self._waiting
+        ]
         started = sum(live.prompt_left for live in self._running)
         limits = self._law.limits
         theta_prefill = min(self._theta[0], limits.min_threshold_prefill)
         theta_decode = min(self._theta[1], limits.min_threshold_decode)
         pace = Pace(self._model, self._load(now), theta_prefill, theta_decode)
         refusals = late_requests(pace, started, queue, limit_s)
+        for live in self._waiting:
+            live.accepted = True
         for refusal in refusals:
             self._waiting.remove(refusal.request_id)
             outcome.refused_after_s.append(now - refusal.request_id.job.arrival_s)

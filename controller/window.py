@@ -66,7 +66,13 @@ class Window:
     def _add(self, entry: Mapping, now_s: float) -> EngineReading | None:
         index, identity = entry["engine"], (entry["pid"], entry["generation"])
         engine = self._engines.get(index)
-        if engine is None or engine.identity != identity:
+        # Counters or a clock that went back are another engine's, though the number of its process be the same.
+        if (
+            engine is None
+            or engine.identity != identity
+            or entry["num_steps"] < engine.num_steps_seen
+            or now_s < engine.past[-1][0]
+        ):
             engine = self._engines[index] = _Engine(identity, num_steps_seen=entry["num_steps"])
         row = {name: _padded(entry[name]) if name.endswith("_counts") else entry[name] for name in entry}
         engine.past.append((now_s, row))

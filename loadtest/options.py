@@ -96,7 +96,10 @@ def describe(summary: RunSummary) -> list[str]:
 
 
 def ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1e3:.0f} ms"
+    """A time for people: milliseconds, or seconds from one on."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
 
 
 def percent(ratio: float | None) -> str:

@@ -34,6 +34,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
     output_tokens: int = 0
     outcome: str = "completed"  # or rejected, failed
     error: str = ""
+    error_s: float | None = None  # when the error came
     united_share: float = 0.0
     text: str = ""
     brownout: str = "auto"  # quality class: auto or never

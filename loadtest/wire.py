@@ -34,6 +34,7 @@ def is_rejection(message: str) -> bool:
 
 def note_error(record: RequestRecord, error: Exception) -> None:
     """File an outcome: rejected when the server declined, failed for every other error."""
+    record.error_s = time.monotonic()
     record.error = str(error) or type(error).__name__
     record.outcome = "rejected" if is_rejection(record.error) else "failed"
 

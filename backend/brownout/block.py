@@ -75,6 +75,7 @@ TELEMETRY = np.dtype(
         ("generation", "<i8"),
         ("ways", "<u8"),  # bit w: united experts of way w are loaded; a way of 64 is bit 0
         ("similarity", "<i8"),
+        ("missing_experts", "<i8"),
         ("settings_version", "<i8"),
         ("threshold_prefill", "<f8"),
         ("threshold_decode", "<f8"),
@@ -98,6 +99,14 @@ TELEMETRY = np.dtype(
         ("assignments_per_token", "<f8"),
         ("united_share", "<f8"),
         ("max_gap_s", "<f8"),
+        # Of a resident expert pool; see backend.experts.resident.ExpertTelemetry.
+        ("resident_share", "<f8"),
+        ("expert_misses", "<i8"),
+        ("expert_stalls", "<i8"),
+        ("expert_stall_s", "<f8"),
+        ("expert_prefetches", "<i8"),
+        ("expert_prefetch_hits", "<i8"),
+        ("expert_bytes_moved", "<i8"),
         ("num_layers", "<i8"),
         ("active_slots", "<f4", (MAX_LAYERS,)),
         ("prefill_step_counts", "<u8", (NUM_BUCKETS,)),

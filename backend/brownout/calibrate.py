@@ -38,6 +38,8 @@ from backend.errors import ConfigError
 COSTS = {"time": "relative_step_time", "slots": "active_slots", "assignments": "assignments_per_token"}
 #: Kinds of loss, what is preferred first.
 MEASURES = ("letter", "exact_match", "choices", "perplexity")
+#: Where a measured point holds them.
+_KEYS = {"letter": "letter", "exact_match": "exact_match", "choices": "choices_normalised_loss", "perplexity": "text"}
 _NEEDS = {"choices": "--choices", "perplexity": "--text"}
 _THETAS = "0,0.2,0.4,0.6,0.8"
 
@@ -109,6 +111,9 @@ def calibrate(
                 ranking=settings.ranking,
                 united_share=steps["united_share"],
                 relative_prefill_time=time.prefill,
+                other_losses={
+                    name: losses(point, name)[0] for name in MEASURES if name != kind and _KEYS[name] in point
+                },
             )
         )
     return levels, measured
@@ -117,8 +122,8 @@ def calibrate(
 def prompts(measures: Measures) -> list[list[int]]:
     """Token sequences like those that were measured, to time steps with."""
     found = [question.prompt for question in measures.questions]
-    for windows in (measures.domains or {}).values():
-        found += [list(ids) for ids in windows]
+    if measures.text is not None:
+        found += [list(ids) for _, ids in measures.text.order]
     return found
 
 
@@ -184,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             llm.engine.available.way_of(settings)
         measures = make_measures(args, llm)
         has = dict(
-            zip(MEASURES, (measures.questions, measures.questions, measures.choices, measures.domains), strict=True)
+            zip(MEASURES, (measures.questions, measures.questions, measures.choices, measures.text), strict=True)
         )
         kind = args.measure or next(name for name in MEASURES if has[name])
         if not has[kind]:

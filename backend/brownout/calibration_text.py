@@ -49,7 +49,7 @@ def require_tokens(windows: Sequence[Sequence[int]], needed: int, why: str) -> N
     """Raise ConfigError unless the windows have at least `needed` tokens."""
     found = sum(map(len, windows))
     if found < needed:
-        raise ConfigError(f"the calibration text has {found} tokens, but {why} needs at least {needed}: give more text")
+        raise ConfigError(f"the text has {found} tokens, but {why} needs at least {needed}: give more text")
 
 
 def _windows(

@@ -38,18 +38,28 @@ class Measures:
     """What is measured at every point; empty parts are left out."""
 
     questions: Sequence[measure.Asked] = ()
-    domains: Mapping[str, Sequence[Sequence[int]]] | None = None
-    #: Perplexity step by step under the decode threshold, instead of in chunks under the prefill threshold.
-    decode: bool = False
+    text: measure.Text | None = None
     choices: Mapping[str, Sequence[measure.Choice]] | None = None
     shots: int = 0
     choice_limit: int | None = None
     batch: int = 32
 
 
-def measure_point(llm: LLM, settings: Settings, measures: Measures, full: dict | None = None) -> dict:
-    """All measures under the settings as JSON values; with the `full` model's point also the losses against it."""
-    measure.apply(llm, settings)
+def measure_point(
+    llm: LLM,
+    settings: Settings,
+    measures: Measures,
+    full: dict | None = None,
+    by_layer: Sequence[float] | None = None,
+) -> dict:
+    """All measures under the settings as JSON values; with the `full` model's point also the losses against it.
+
+    `by_layer`: thresholds of the MoE layers instead of the settings', whose thresholds should be their means.
+    """
+    if by_layer is None:
+        measure.apply(llm, settings)
+    else:
+        measure.apply_by_layer(llm, settings, by_layer)
     values = asdict(settings)
     del values["version"]
     point: dict = {"settings": describe(settings), **values}
@@ -58,8 +68,8 @@ def measure_point(llm: LLM, settings: Settings, measures: Measures, full: dict |
         for form, scores in found.pop("accuracy").items():
             point[FORM_NAMES[form]] = {"mean": sum(scores.values()) / len(scores), "by_task": scores}
         point["questions"] = found
-    if measures.domains:
-        point["text"] = measure.perplexity(llm, measures.domains, measures.batch, measures.decode)
+    if measures.text is not None:
+        point["text"] = measures.text.score(llm)
     for name, questions in (measures.choices or {}).items():
         limit, batch = measures.choice_limit, measures.batch
         found = measure.multiple_choice(llm, questions, measures.shots, batch, number=limit)
@@ -110,6 +120,9 @@ def show(results: Sequence[dict], console: Console) -> None:
         domains = list(results[0]["text"]["perplexity"])
         rows = [(p, p["text"], [f"{p['text']['perplexity'][name]:.2f}" for name in domains]) for p in results]
         console.print(_table("Perplexity", domains, rows))
+        if "divergence" in results[0]["text"]:
+            rows = [(p, p["text"], [f"{p['text']['divergence'][name]:.4f}" for name in domains]) for p in results]
+            console.print(_table("Divergence from the full model, nats a token", domains, rows))
     for name in results[0].get("choices", {}):
         kinds = ("summed", "normalised")
         rows = [(p, p["choices"][name], [f"{p['choices'][name][kind]:.1f}" for kind in kinds]) for p in results]
@@ -146,11 +159,16 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-window", type=int, default=257, help="longest stretch of text (default %(default)s)")
     parser.add_argument("--text-as", choices=("prefill", "decode"), default="prefill", help="score text in chunks under the "
                         "prefill threshold, or token by token under the decode threshold (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--divergence", action="store_true", help="also how far predictions over the text are from the full model's"
+    )
     parser.add_argument("--choices", type=Path, action="append", default=[], metavar="FILE", help="multiple-choice questions, "
                         "JSONL of {question, choices, label}; may be given again")  # fmt: skip
     parser.add_argument("--shots", type=int, default=0, help="answered questions before each (default 0)")
     parser.add_argument("--choice-limit", type=int, help="questions of a file (default: all)")
     parser.add_argument("--batch", type=int, default=32, help="sequences at once (default %(default)s)")
+    parser.add_argument("--single", action="store_true", help="domains and families one after another, not mixed: other "
+                        "experts are then kept")  # fmt: skip
     parser.add_argument("--united", default="", help="united experts files (default: those in the checkpoint's folder)")
     parser.add_argument(
         "--similarity", default="", help="expert similarity file (default: that in the checkpoint's folder)"
@@ -173,7 +191,7 @@ def open_engine(args: argparse.Namespace) -> LLM:
 def write_points(args: argparse.Namespace, fingerprint: str, points: Sequence[dict]) -> None:
     """Write the figures of all points to the file that --json names."""
     content = {"checkpoint": args.checkpoint.resolve().name, "fingerprint": fingerprint, "batch": args.batch,
-               "seed": args.seed, "questions": args.questions, "points": list(points)}  # fmt: skip
+               "seed": args.seed, "questions": args.questions, "mixed": not args.single, "points": list(points)}  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -194,9 +212,14 @@ def make_measures(args: argparse.Namespace, llm: LLM) -> Measures:
     choices = {path.stem: measure.read_choices(path) for path in args.choices}
     if not (args.questions or domains or choices):
         raise ConfigError("nothing to measure: give --questions, --text or --choices")
-    questions = measure.demo_questions(llm, args.questions, args.seed) if args.questions else []
-    decode = args.text_as == "decode"
-    return Measures(questions, domains, decode, choices, args.shots, args.choice_limit, args.batch)
+    mixed = not args.single
+    questions = measure.demo_questions(llm, args.questions, args.seed, mixed) if args.questions else []
+    text = measure.Text(domains, args.batch, args.text_as == "decode", mixed) if domains else None
+    if args.divergence:
+        if text is None:
+            raise ConfigError("--divergence needs --text")
+        text.keep_full(llm.engine.vocab_size)
+    return Measures(questions, text, choices, args.shots, args.choice_limit, args.batch)
 
 
 def main(argv: list[str] | None = None) -> int:

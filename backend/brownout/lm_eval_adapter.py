@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from backend.brownout.measure import Meter, complete, nominal_share
 from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
@@ -43,7 +45,7 @@ class BrownoutLM(_Base):
         threshold_decode: float = 1.0,
         similarity_min: float = 0.0,
         batch_size: int | str = 32,
-        device: str = "auto",
+        device: str | None = "auto",
         dtype: str = "auto",
         united: str = "",
         similarity: str = "",
@@ -52,9 +54,12 @@ class BrownoutLM(_Base):
     ) -> None:
         """`threshold` is that of both phases. Raises ConfigError for settings that the checkpoint cannot follow.
 
-        `harness` takes what the harness adds by itself (max_batch_size); `device` None is auto.
+        `harness` takes what the harness adds by itself (max_batch_size); `device` None is auto, and so is a CUDA device where
+        there is none, since the harness's command names cuda:0 unless it is told another.
         """
         super().__init__()
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "auto"
         if unknown := sorted(set(harness) - {"max_batch_size"}):
             raise ConfigError(f"unknown model argument {unknown[0]!r}")
         self.batch = 32 if str(batch_size).startswith("auto") else int(batch_size)
@@ -62,7 +67,7 @@ class BrownoutLM(_Base):
         self.llm = LLM(
             checkpoint,
             max_running=self.batch,
-            device=device or "auto",
+            device=device,
             dtype=dtype,
             united=united,
             similarity=similarity,
@@ -115,7 +120,7 @@ class BrownoutLM(_Base):
                 texts[number] = _cut(self.llm.tokenizer.decode(ids), [until] if isinstance(until, str) else until)
         return texts
 
-    def steps(self) -> dict[str, float | bool]:
+    def steps(self) -> dict[str, float | bool | list[float]]:
         """Composition of all steps so far: share of replaced assignments, active slots, tokens per step."""
         return self.meter.result(nominal_share(self.llm.engine.settings, 1, 0))
 
@@ -166,9 +171,6 @@ def main() -> int:
     except ImportError:
         print("The lm-evaluation-harness is not installed: pip install lm-eval", file=sys.stderr)
         return 1
-    # The class is registered when this module is imported under its own name, not as __main__.
-    import backend.brownout.lm_eval_adapter  # noqa: F401
-
     cli_evaluate()
     return 0
 

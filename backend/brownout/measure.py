@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from backend.brownout.divergence import Divergence
 from backend.brownout.settings import Settings
 from backend.demo.families import FAMILIES
 from backend.demo.quality import MAX_ANSWER_TOKENS, held_out_questions
@@ -33,7 +35,8 @@ class Meter:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.steps = self.tokens = self.replaced = 0
-        self.slots = self.assignments = 0.0
+        self.slots: np.ndarray | float = 0.0
+        self.assignments = 0.0
         config = engine.runner.model.config
         self._per_token = sum(config.moe_layers) * config.top_k
 
@@ -45,15 +48,21 @@ class Meter:
         self.steps += 1
         self.tokens += len(replaced)
         self.replaced += int(replaced.sum())
-        self.slots += sum(slots) / len(slots)
+        self.slots = self.slots + np.array(slots, float)
         self.assignments += assignments * len(replaced)
 
-    def result(self, nominal: float | None) -> dict[str, float | bool]:
+    def slots_by_layer(self) -> list[float]:
+        """Active slots of each MoE layer, mean over the steps."""
+        return (np.atleast_1d(self.slots) / max(1, self.steps)).tolist()
+
+    def result(self, nominal: float | None) -> dict[str, float | bool | list[float]]:
         """Share of assignments that others than their own experts served, beside the `nominal` one (None: there is none)."""
         share = self.replaced / max(1, self.tokens * self._per_token)
-        found: dict[str, float | bool] = {
+        by_layer = self.slots_by_layer()
+        found: dict[str, float | bool | list[float]] = {
             "united_share": share,
-            "active_slots": self.slots / max(1, self.steps),
+            "active_slots": sum(by_layer) / len(by_layer),
+            "active_slots_by_layer": by_layer,
             "assignments_per_token": self.assignments / max(1, self.tokens),
             "tokens_per_step": self.tokens / max(1, self.steps),
         }
@@ -74,6 +83,18 @@ def apply(llm: LLM, settings: Settings) -> None:
     """Set the settings and forget what the KV cache holds from others."""
     llm.set_settings(settings)
     llm.engine.blocks.clear_cache()
+
+
+def apply_by_layer(llm: LLM, settings: Settings, thresholds: Sequence[float]) -> None:
+    """Set the settings, but with a threshold of its own, that of both phases, for each MoE layer, until the next change."""
+    apply(llm, settings)
+    model = llm.engine.runner.model
+    table, own = [settings.by_class()] * model.config.num_layers, iter(thresholds)
+    for layer, has_experts in enumerate(model.config.moe_layers):
+        if has_experts:
+            theta = next(own)
+            table[layer] = (theta, theta, *table[layer][2:])
+    model.set_thresholds(table)
 
 
 def complete(
@@ -104,15 +125,16 @@ class Asked:
     answer: str
 
 
-def demo_questions(llm: LLM, number: int, seed: int) -> list[Asked]:
-    """`number` held-out questions of every family and form, families mixed."""
+def demo_questions(llm: LLM, number: int, seed: int, mixed: bool = True) -> list[Asked]:
+    """`number` held-out questions of every family and form: families mixed, or one after another."""
     asked = [
         Asked(family, form, llm.tokenizer.encode(prompt_text(prompt)), answer)
         for family in FAMILIES
         for form in FORMS
         for prompt, answer in held_out_questions(family, form, number, seed)
     ]
-    random.Random(seed).shuffle(asked)
+    if mixed:
+        random.Random(seed).shuffle(asked)
     return asked
 
 
@@ -140,21 +162,44 @@ def relative_loss(full: Mapping[str, float], found: Mapping[str, float]) -> dict
     return {"mean": sum(loss.values()) / len(loss), "worst": loss[worst], "worst_task": worst, "by_task": loss}
 
 
-def perplexity(
-    llm: LLM, domains: Mapping[str, Sequence[Sequence[int]]], batch: int, decode: bool = False
-) -> dict[str, object]:
-    """Perplexity per token of windows of each domain, windows of all domains side by side, with the steps' composition."""
-    meter = Meter(llm.engine)
-    longest = max(len(windows) for windows in domains.values())
-    order = [(name, windows[i]) for i in range(longest) for name, windows in domains.items() if i < len(windows)]
-    scored = Scorer(llm.engine, batch, decode, meter.observe).score([(ids, 1) for _, ids in order])
-    totals = {name: [0.0, 0] for name in domains}
-    for (name, _), found in zip(order, scored, strict=True):
-        totals[name][0] -= float(found.logprobs.sum())
-        totals[name][1] += len(found.logprobs)
-    tokens = sum(len(ids) - 1 for _, ids in order)
-    nominal = nominal_share(llm.engine.settings, 0 if decode else tokens, tokens if decode else 0)
-    return {"perplexity": {n: math.exp(loss / count) for n, (loss, count) in totals.items()}, **meter.result(nominal)}
+class Text:
+    """Windows of several domains, scored in one order: domains side by side if `mixed`, else one after another."""
+
+    def __init__(
+        self, domains: Mapping[str, Sequence[Sequence[int]]], batch: int, decode: bool = False, mixed: bool = True
+    ) -> None:
+        """`batch` windows at once; `decode`: token by token under the decode threshold, else in chunks under that of prefill."""
+        self.domains, self.batch, self.decode = domains, batch, decode
+        order = [(place, name) for name, windows in domains.items() for place in range(len(windows))]
+        if mixed:
+            order.sort(key=lambda entry: entry[0])
+        self.order = [(name, domains[name][place]) for place, name in order]
+        self.divergence: Divergence | None = None
+
+    def keep_full(self, vocab_size: int) -> None:
+        """Report the divergence, too: from the model as it is at the next `score`. Raises ConfigError for too much text."""
+        self.divergence = Divergence([len(ids) - 1 for _, ids in self.order], vocab_size)
+
+    def score(self, llm: LLM) -> dict[str, object]:
+        """Perplexity per token and divergence from the full model (nats per token) by domain, with the steps' composition."""
+        meter = Meter(llm.engine)
+        scorer = Scorer(llm.engine, self.batch, self.decode, meter.observe)
+        if self.divergence is not None:
+            scorer.on_logits = self.divergence.observe
+        scored = scorer.score([(ids, 1) for _, ids in self.order])
+        apart = np.zeros(len(scored)) if self.divergence is None else self.divergence.finish()
+        counts = dict.fromkeys(self.domains, 0)
+        losses, divergences = dict.fromkeys(self.domains, 0.0), dict.fromkeys(self.domains, 0.0)
+        for (name, _), found, far in zip(self.order, scored, apart, strict=True):
+            counts[name] += len(found.logprobs)
+            losses[name] -= float(found.logprobs.sum())
+            divergences[name] += float(far)
+        tokens = sum(counts.values())
+        nominal = nominal_share(llm.engine.settings, *((0, tokens) if self.decode else (tokens, 0)))
+        result: dict[str, object] = {"perplexity": {n: math.exp(losses[n] / counts[n]) for n in counts}}
+        if self.divergence is not None:
+            result["divergence"] = {n: divergences[n] / counts[n] for n in counts}
+        return {**result, **meter.result(nominal)}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Level:
     united_share: float = 0.0
     #: Time of a prefill step relative to level 0.
     relative_prefill_time: float = 1.0
+    #: Mean loss in percent by further measures than the profile's.
+    other_losses: dict[str, float] = field(default_factory=dict)
 
     def settings(self, version: int = 0) -> Settings:
         """What to set for this level."""
@@ -119,6 +121,7 @@ _LEVEL_FIELDS: dict[str, type] = {
 }  # fmt: skip
 _OPTIONAL_FIELDS: dict[str, type] = {
     "loss_by_task": dict, "similarity_min": float, "ranking": str, "united_share": float, "relative_prefill_time": float,
+    "other_losses": dict,
 }  # fmt: skip
 
 

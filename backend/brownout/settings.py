@@ -10,6 +10,7 @@ from backend.errors import ConfigError
 TOKEN_CLASSES = ("prefill", "decode", "prefill_never", "decode_never")
 #: What is done with the assignments that a threshold gives up; see `backend.kernels.reference.remap`.
 MECHANISMS = ("united", "reroute", "piggyback", "top_k", "drop")
+_BY_TOKEN = ("piggyback", "top_k")
 RANKINGS = ("count", "gate_mass")
 
 
@@ -60,10 +61,13 @@ class Available:
 
     ways: tuple[int, ...] = ()
     similarity: bool = False
+    #: Whether united experts stand in for experts that are not on the device, which `piggyback` and `top_k` know nothing of.
+    missing_experts: bool = False
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
         without = {"united": not self.ways, "reroute": not self.similarity}
+        without |= dict.fromkeys(_BY_TOKEN, self.missing_experts)
         return tuple(name for name in MECHANISMS if not without.get(name))
 
     def way_of(self, settings: Settings) -> int:
@@ -79,6 +83,11 @@ class Available:
             raise ConfigError(
                 "mechanism reroute needs expert similarities, which are not loaded (parameter similarity); available "
                 f"mechanisms are {', '.join(self.mechanisms)}"
+            )
+        if settings.mechanism in _BY_TOKEN and settings.dims and self.missing_experts:
+            raise ConfigError(
+                f"mechanism {settings.mechanism} cannot stand in for missing experts (parameters expert_pool resident and "
+                f"expert_miss united); available mechanisms are {', '.join(self.mechanisms)}"
             )
         return settings.way or max(self.ways, default=0)
 

@@ -28,14 +28,20 @@ class Arrivals:
     def __len__(self) -> int:
         return len(self.arrival_s)
 
-    def window(self, seconds: float, rate_scale: float = 1.0) -> Arrivals:
-        """The first `seconds` after arrivals have been compressed `rate_scale` times. Raises ConfigError if none is left."""
-        if not (seconds > 0 and rate_scale > 0):
-            raise ConfigError(f"seconds and rate scale must be positive, got {seconds} and {rate_scale}")
-        times = self.arrival_s / rate_scale
-        kept = times < seconds
+    def window(self, seconds: float, rate_scale: float = 1.0, start: float = 0.0) -> Arrivals:
+        """`seconds` from `start` on, after arrivals have been compressed `rate_scale` times; they count from the window's start.
+
+        Raises ConfigError if none is left.
+        """
+        if not (seconds > 0 and rate_scale > 0 and start >= 0):
+            raise ConfigError(
+                f"seconds and rate scale must be positive and the start not negative, got {seconds}, {rate_scale}, {start}"
+            )
+        times = self.arrival_s / rate_scale - start
+        kept = (times >= 0) & (times < seconds)
         if not kept.any():
-            raise ConfigError(f"{self.source} has no request in its first {seconds * rate_scale:g} s")
+            first, last = start * rate_scale, (start + seconds) * rate_scale
+            raise ConfigError(f"{self.source} has no request between {first:g} and {last:g} s")
         return Arrivals(times[kept], self.input_tokens[kept], self.output_tokens[kept], self.source)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backend.elastic.cost_model import CostModel
 from backend.elastic.functions import GB, WARM, ExpertFunctions
-from backend.elastic.placer import Copy
+from backend.elastic.placer import Copy, Placement
 from backend.elastic.policies import ElasticOptions, Service, plan_layer
 from backend.elastic.united import split
 
@@ -61,10 +61,19 @@ class ElasticPolicy:
         self._arrives: dict[Copy, float] = {}
         self._shares = [0.0] * num_experts
         self._seen: Sequence[float] | None = None
+        #: Experts that the last plan has; with united experts to fall back on, others are not used and expire.
+        self._planned: frozenset[int] = frozenset()
         self._next_plan_at = 0.0
         self._peak = 0
         #: Plans made, and active experts without a warm copy.
         self.plans, self.misses = 0, 0
+
+    def warm_up(self, loads: Sequence[float], assignments: float) -> None:
+        """Start warm at time 0, as deployed for earlier `loads` [E], with copies for a step of so many assignments."""
+        total = sum(loads)
+        self._shares = [load / total for load in loads]
+        plan = self._make_plan(self._worth_keeping(assignments))
+        self.functions.commit(self.functions.prepare(sorted(plan.copies), 0.0), 0.0)
 
     def expect(self, predicted: Sequence[float] | None, now: float) -> None:
         """Fetch what is predicted and cold; plan anew if the copies no longer suit the load.
@@ -85,9 +94,7 @@ class ElasticPolicy:
         weight = total / (total + _MEMORY)
         self._shares = [old + weight * (load / total - old) for old, load in zip(self._shares, loads, strict=True)]
         if now >= self._next_plan_at:
-            idle = _IDLE_WITH_UNITED if self.united else _IDLE
-            smooth = [share * total if share * total >= idle else 0.0 for share in self._shares]
-            self._plan(smooth, now)
+            self._plan(self._worth_keeping(total), now)
 
     def serve(self, counts: Sequence[float], now: float) -> Service:
         """Run on what is warm; wait for what is not, or (brownout) let united experts serve it."""
@@ -98,7 +105,10 @@ class ElasticPolicy:
         united = [0.0] * self.united
         if self.options.threshold is not None:
             counts, united = split(counts, self.options.threshold, self.options.way)
-        table = [functions.warm_devices(expert) for expert in range(self.num_experts)]
+        table = [
+            functions.warm_devices(expert) if not self.united or expert in self._planned else ()
+            for expert in range(self.num_experts)
+        ]
         missing = [expert for expert, count in enumerate(counts) if count and not table[expert]]
         service = Service(self.devices)
         used = service.run([count if table[expert] else 0 for expert, count in enumerate(counts)], table, self.cost)
@@ -125,22 +135,41 @@ class ElasticPolicy:
     def peak_copies(self) -> int:
         return self._peak
 
+    def _worth_keeping(self, assignments: float) -> list[float]:
+        """Smoothed loads [E] of a step with so many assignments, 0 for experts that are not worth their memory."""
+        loads = [share * assignments for share in self._shares]
+        if not self.united:
+            return [load if load >= _IDLE else 0.0 for load in loads]
+        # United experts serve what is rare: enough experts are kept to carry θ of what original experts are asked for.
+        kept, carried, needed = [0.0] * len(loads), 0.0, self.options.threshold * sum(loads)
+        for expert in sorted(range(len(loads)), key=lambda e: (-loads[e], e)):
+            if carried >= needed or loads[expert] < _IDLE_WITH_UNITED:
+                break
+            kept[expert] = loads[expert]
+            carried += loads[expert]
+        return kept
+
     def _plan(self, loads: Sequence[float], now: float) -> None:
         """Scale and place for smoothed loads unless the copies in memory serve them well enough; start the loads."""
-        copies = frozenset(self.functions.copies())
-        if self._suffices(loads, copies):
+        self._planned = frozenset(expert for expert, load in enumerate(loads) if load)
+        if self._suffices(loads, frozenset(self.functions.copies())):
             return
-        room = sum(self.functions.capacity)
-        if sum(load > 0 for load in loads) > room:
-            # More active experts than fit: the heaviest are planned for, the others load when they are needed.
-            kept = set(sorted(range(len(loads)), key=lambda e: (-loads[e], e))[:room])
-            loads = [load if expert in kept else 0.0 for expert, load in enumerate(loads)]
-        plan = plan_layer(loads, self.functions.capacity, copies, self.cost, self.options)
+        plan = self._make_plan(loads)
         self.plans += 1
         begin = now + self.cost.planning_s
         self._load(sorted(plan.copies), begin)
         # Transfers take at most about half of the links' time: the rest is for experts that a step waits for.
         self._next_plan_at = now + max(self.options.replan_s, 2 * (self.links.free_at() - begin))
+
+    def _make_plan(self, loads: Sequence[float]) -> Placement:
+        room = sum(self.functions.capacity)
+        if sum(load > 0 for load in loads) > room:
+            # More active experts than fit: the heaviest are planned for, the others load when they are needed.
+            kept = set(sorted(range(len(loads)), key=lambda e: (-loads[e], e))[:room])
+            loads = [load if expert in kept else 0.0 for expert, load in enumerate(loads)]
+        self._planned = frozenset(expert for expert, load in enumerate(loads) if load)
+        copies = frozenset(self.functions.copies())
+        return plan_layer(loads, self.functions.capacity, copies, self.cost, self.options)
 
     def _suffices(self, loads: Sequence[float], copies: frozenset[Copy]) -> bool:
         """Whether the copies in memory, warm or loading, serve these loads in balance."""

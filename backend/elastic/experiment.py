@@ -34,7 +34,8 @@ VARIED: dict[str, tuple[float, ...]] = {
     "keep_alive_s": (0.01, 0.1, 10.0),
     "straggler_factor": (0.5, 2.0),
 }
-SENSITIVE = ("static", "eplb", "moeless")
+WINDOWED = ("static", "eplb", "moeless", "moeless_brownout")
+SENSITIVE = ("static", "eplb", "oracle", "moeless")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def make_policies(name: str, work: Workload, setup: Setup) -> list[Policy]:
     if name == "moeless_brownout":
         options = replace(options, threshold=setup.threshold)
     links = Links(devices, cost, work.repeat)
-    return [ElasticPolicy(experts, capacity, cost, options, links) for _ in range(pool.num_layers)]
+    policies = [ElasticPolicy(experts, capacity, cost, options, links) for _ in range(pool.num_layers)]
+    for policy, loads in zip(policies, history(work), strict=True):
+        policy.warm_up(loads, float(work.max_batch_tokens * pool.experts.shape[2]))
+    return policies
 
 
 def history(work: Workload) -> list[list[float]]:
@@ -137,12 +141,40 @@ def variations(setup: Setup) -> Iterable[tuple[str, float, Setup]]:
 
 
 def against(results: dict[str, dict], base: str, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Change in percent of latency and cost of each policy against `base`; negative is better."""
-    keys = ("layer_ms_p50", "layer_ms_p99", "e2e_ms_p50", "cost_gb_s", "execution_gb_s")
+    """Change in percent of latency and cost of each policy against `base`; negative is better.
+
+    `execution_against_memory`: GB·s while running (a bill per use) against what `base` holds all the time.
+    """
+    keys = ("layer_ms_p50", "layer_ms_p99", "layer_ms_mean", "e2e_ms_p50", "cost_gb_s", "execution_gb_s")
     return {
-        name: {key: 100 * (results[name][key] / results[base][key] - 1) for key in keys}
+        name: {
+            **{key: 100 * (results[name][key] / results[base][key] - 1) for key in keys},
+            "execution_against_memory": 100 * (results[name]["execution_gb_s"] / results[base]["cost_gb_s"] - 1),
+        }
         for name in names
         if name in results
+    }
+
+
+def front(results: dict[str, dict], latency: str) -> list[str]:
+    """Policies that no other beats in latency, GB·s and quality loss at once; the oracle is no candidate."""
+    keys = (latency, "cost_gb_s", "quality_loss_percent")
+    points = {name: [row[key] for key in keys] for name, row in results.items() if name != "oracle"}
+
+    def beats(a: list[float], b: list[float]) -> bool:
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return [name for name, point in points.items() if not any(beats(other, point) for other in points.values())]
+
+
+def spread(changes: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """[least, median, most] of each policy's changes over several windows, each as `against` gives it."""
+    return {
+        name: {
+            key: [float(value) for value in np.percentile([change[name][key] for change in changes], (0, 50, 100))]
+            for key in row
+        }
+        for name, row in changes[0].items()
     }
 
 

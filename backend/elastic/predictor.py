@@ -2,7 +2,9 @@
 
 The predictor of layer l at distance d is the router of layer l applied to the input of the expert layer l - d: neighbouring
 layers see nearly the same residual stream. Where that finds fewer than 80 % of the experts, the matrix is fine-tuned on
-recorded activations (`backend.elastic.train_predictor`). On the step path it is one small matmul per layer.
+recorded activations (`backend.elastic.train_predictor`); where even that is not enough, as in a model of few layers of which
+each changes much, a narrow hidden layer beside the matrix learns what the layers between add. On the step path a predictor
+is one small matmul per layer, with a hidden layer two.
 
 Beside it stand the baselines, which know only loads of the past: `LastWindow` and `Ewma`.
 """
@@ -10,11 +12,12 @@ Beside it stand the baselines, which know only loads of the past: `LastWindow` a
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,8 +27,22 @@ from backend.errors import ConfigError
 if TYPE_CHECKING:
     from backend.elastic.recording import Recording
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "load-predictor.safetensors"
+#: Names of a hidden layer's tensors in the file.
+_HIDDEN = ("hidden_inner", "hidden_bias", "hidden_outer")
+
+
+class HiddenLayer(NamedTuple):
+    """Adds `outer @ silu(inner @ x + bias)` to the logits; H units."""
+
+    inner: Tensor  # [H, M] float32
+    bias: Tensor  # [H] float32
+    outer: Tensor  # [E, H] float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits [T, E] to add for inputs x [T, M]."""
+        return F.linear(F.silu(F.linear(x, self.inner, self.bias)), self.outer)
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class LoadPredictor:
     fingerprint: str
     #: (layer, distance) pairs whose matrix was fine-tuned; the others are the routers themselves.
     tuned: frozenset[tuple[int, int]] = frozenset()
+    #: What a hidden layer adds to the logits of some pairs.
+    hidden: dict[tuple[int, int], HiddenLayer] = field(default_factory=dict)
 
     @classmethod
     def of_recording(cls, recording: Recording, *distances: int) -> LoadPredictor:
@@ -57,8 +76,11 @@ class LoadPredictor:
         """
         if (layer, distance) not in self.weights:
             raise ConfigError(f"the load predictor has no matrix for layer {layer} at distance {distance}")
-        weight, bias = self.weights[layer, distance], self.biases[layer, distance]
-        return (hidden.float() @ weight.T + bias).topk(self.top_k, dim=-1).indices
+        x = hidden.float()
+        logits = F.linear(x, self.weights[layer, distance], self.biases[layer, distance])
+        if (layer, distance) in self.hidden:
+            logits = logits + self.hidden[layer, distance](x)
+        return logits.topk(self.top_k, dim=-1).indices
 
     def loads(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
         """Expected assignments [E] of a step with inputs `hidden` [T, M]; see `choose`."""
@@ -66,7 +88,7 @@ class LoadPredictor:
         return torch.bincount(chosen.flatten(), minlength=len(self.biases[layer, distance])).float()
 
     def write(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all; in float16, which is as good for choosing experts."""
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -75,33 +97,40 @@ class LoadPredictor:
         }
         tensors = {}
         for layer, distance in self.weights:
-            tensors[f"{layer}.{distance}.weight"] = self.weights[layer, distance].clone()
-            tensors[f"{layer}.{distance}.bias"] = self.biases[layer, distance].clone()
+            tensors[f"{layer}.{distance}.weight"] = self.weights[layer, distance]
+            tensors[f"{layer}.{distance}.bias"] = self.biases[layer, distance]
+        for (layer, distance), added in self.hidden.items():
+            for name, tensor in zip(_HIDDEN, added, strict=True):
+                tensors[f"{layer}.{distance}.{name}"] = tensor
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".new")
-        save_file(tensors, unfinished, {"load_predictor": json.dumps(header)})
+        # Copies: a router that serves at two distances is one tensor, and safetensors takes none twice.
+        halves = {name: tensor.to(torch.float16, copy=True) for name, tensor in tensors.items()}
+        save_file(halves, unfinished, {"load_predictor": json.dumps(header)})
         unfinished.replace(path)
 
     @classmethod
     def read(cls, path: Path, fingerprint: str | None = None) -> LoadPredictor:
         """Raises ConfigError naming the file if it is unreadable, or (with `fingerprint`) of another checkpoint."""
-        weights, biases = {}, {}
+        found: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in ("weight", "bias", *_HIDDEN)}
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["load_predictor"])
+                if header["format"] != FORMAT:
+                    raise ConfigError(
+                        f"load predictor {path} has format {header['format']}, this version reads {FORMAT}"
+                    )
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
                     layer, distance, kind = name.split(".")
-                    kept = weights if kind == "weight" else biases
-                    kept[int(layer), int(distance)] = file.get_tensor(name)
-            if header["format"] != FORMAT:
-                raise ConfigError(f"load predictor {path} has format {header['format']}, this version reads {FORMAT}")
+                    found[kind][int(layer), int(distance)] = file.get_tensor(name).float()
             tuned = frozenset((layer, distance) for layer, distance in header["tuned"])
-            predictor = cls(weights, biases, header["top_k"], header["fingerprint"], tuned)
+            added = {pair: HiddenLayer(*(found[name][pair] for name in _HIDDEN)) for pair in found[_HIDDEN[0]]}
+            predictor = cls(found["weight"], found["bias"], header["top_k"], header["fingerprint"], tuned, added)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{path} is not a readable load predictor: {error!r}") from None
-        if weights.keys() != biases.keys():
+        if predictor.weights.keys() != predictor.biases.keys():
             raise ConfigError(f"load predictor {path} lacks tensors")
         if fingerprint is not None and predictor.fingerprint != fingerprint:
             raise ConfigError(
@@ -124,7 +153,7 @@ class LastWindow:
         if not self._window:
             return self._uniform * assignments
         total = torch.stack(self._window).sum(0)
-        return total / total.sum() * assignments
+        return total / total.sum().clamp(min=1) * assignments
 
     def observe(self, loads: Tensor) -> None:
         """A step's true loads [E]."""

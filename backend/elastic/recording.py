@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backend.brownout.fingerprint import checkpoint_fingerprint
-from backend.demo.prompts import make_prompts
 from backend.elastic.predictor import LoadPredictor
 from backend.elastic.routing import RoutingPool
+from backend.elastic.traffic import Traffic
 from backend.engine.engine import Engine
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
@@ -175,18 +175,12 @@ def record(
     )
 
 
-def record_demo(
-    checkpoint: str, progress: Progress, new_tokens: int = 32, repeats: int = 1, seed: int = 0
-) -> Recording:
-    """Record a checkpoint on the demo's kinds of prompts, whose families are the domains; every repeat has new questions."""
-    prompts = [prompt for repeat in range(repeats) for prompt in make_prompts(seed + repeat)]
-    # The chat is the same in every set: once is enough, or held-out sequences would not be new.
-    prompts = list(dict.fromkeys(prompts))
-    task = progress.add_task(f"recording {len(prompts)} prompts", total=None)
+def record_traffic(checkpoint: str, traffic: Traffic, new_tokens: int, seed: int, progress: Progress) -> Recording:
+    """Record a checkpoint on some traffic, sampling at temperature 1; see `record`."""
+    task = progress.add_task(f"recording {len(traffic.prompts)} prompts", total=None)
     llm = LLM(checkpoint)
-    params = SamplingParams(max_tokens=new_tokens, temperature=1.0, seed=seed, ignore_eos=True)
-    texts, families = [prompt.text for prompt in prompts], [prompt.family for prompt in prompts]
-    recording = record(llm, texts, families, params, fingerprint_of(checkpoint))
+    params = SamplingParams(max_tokens=new_tokens, temperature=1.0, seed=seed)
+    recording = record(llm, traffic.prompts, traffic.domains, params, fingerprint_of(checkpoint))
     progress.remove_task(task)
     return recording
 

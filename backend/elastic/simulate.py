@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from backend.elastic.arrivals import Arrivals, poisson, read_trace
 from backend.elastic.cost_model import HARDWARE, CostModel
@@ -24,29 +23,23 @@ from backend.elastic.experiment import (
     ABLATIONS,
     POLICIES,
     SENSITIVE,
+    WINDOWED,
     Setup,
     against,
+    front,
     make_workload,
     run_policy,
+    spread,
     variations,
 )
 from backend.elastic.picture import draw
 from backend.elastic.policies import ElasticOptions
 from backend.elastic.routing import RoutingPool, generate
+from backend.elastic.tables import show
 from backend.elastic.united import profile_loss, published_loss
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX, SHAPES, raw_config
 from backend.models.registry import parse_config, read_config
-
-_COLUMNS = {
-    "layer p50 ms": "layer_ms_p50",
-    "layer p99 ms": "layer_ms_p99",
-    "e2e p50 ms": "e2e_ms_p50",
-    "e2e p99 ms": "e2e_ms_p99",
-    "GB·s": "cost_gb_s",
-    "GB·s while running": "execution_gb_s",
-    "loss %": "quality_loss_percent",
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--output-tokens", type=int, default=200, help="Poisson: mean generated tokens (default 200)")
     load.add_argument("--rate-scale", type=float, default=1.0, help="compress the trace's arrivals (default 1)")
     load.add_argument("--seconds", type=float, default=30.0, help="window of arrivals (default 30)")
+    load.add_argument(
+        "--windows",
+        type=int,
+        default=1,
+        help="compare static, eplb and moeless over so many windows, one after the other",
+    )
     load.add_argument("--max-batch-tokens", type=int, default=2048)
     load.add_argument("--max-running", type=int, default=256)
     system = top.add_argument_group("system")
@@ -117,15 +116,15 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
     )
     arrivals = _arrivals(args)
 
-    def workload(seconds: float):
+    def workload(seconds: float, window: int = 0):
         return make_workload(
-            arrivals.window(seconds, args.rate_scale),
+            arrivals.window(seconds, args.rate_scale, window * seconds),
             pool,
             devices=args.devices,
             layers=model.num_layers,
             distance=args.distance,
             drift_s=args.drift,
-            seed=args.seed,
+            seed=args.seed + window,
             max_batch_tokens=args.max_batch_tokens,
             max_running=args.max_running,
         )
@@ -141,6 +140,14 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
 
     policies = {name: simulated(name, name, work, setup) for name in args.policies.split(",")}
     ablations = {} if args.no_ablations else {name: simulated(name, name, work, setup) for name in ABLATIONS}
+    windows = []
+    if args.windows > 1:
+        for window in range(args.windows):
+            rows = {
+                name: simulated(name, f"window {window + 1}: {name}", workload(args.seconds, window), setup)
+                for name in WINDOWED
+            }
+            windows.append(rows)
     sensitivity = []
     if args.sensitivity:
         short = workload(args.seconds / 4)
@@ -154,10 +161,18 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
         "against_static": against({**policies, **ablations}, "static", [*policies, *ablations])
         if "static" in policies
         else {},
+        "fronts": {
+            key: front({**policies, **ablations}, key) for key in ("layer_ms_p50", "layer_ms_p99", "layer_ms_mean")
+        },
+        "windows": {
+            base: spread([against(rows, base, WINDOWED) for rows in windows]) if windows else {}
+            for base in ("static", "eplb")
+        },
         "sensitivity": sensitivity,
         "workload": {
             "arrivals": arrivals.source,
             "requests": len(work.arrivals),
+            "windows": args.windows,
             "seconds": args.seconds,
             "rate_scale": args.rate_scale,
             "routing": pool.source,
@@ -181,43 +196,6 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
     }
 
 
-def show(result: dict, console: Console) -> None:
-    """Constants and tables for people."""
-    cost = {key: value for key, value in result["cost_model"].items() if isinstance(value, float)}
-    console.print("[bold]Cost model[/bold] (assumed constants; bytes, FLOP, seconds)")
-    console.print(", ".join(f"{key} {value:.4g}" for key, value in cost.items()))
-    work = result["workload"]
-    console.print(f"{work['requests']} requests from {work['arrivals']}; {work['routing']}")
-    table = Table(title=f"{work['devices']} devices, {work['layers']} layers, simulated")
-    table.add_column("policy", no_wrap=True)
-    for title in _COLUMNS:
-        table.add_column(title, justify="right")
-    for rows in (result["policies"], result["ablations"]):
-        for name, row in rows.items():
-            table.add_row(name, *(f"{row[key]:.4g}" for key in _COLUMNS.values()))
-        table.add_section()
-    console.print(table)
-    if result["sensitivity"]:
-        console.print(_sensitivity_table(result["sensitivity"]))
-
-
-def _sensitivity_table(rows: list[dict]) -> Table:
-    table = Table(title="Sensitivity: change against static in %, layer p50 / p99 / GB·s")
-    names = [name for name in rows[0]["policies"] if name != "static"]
-    for title in ("constant", "factor", *names):
-        table.add_column(title, justify="left" if title == "constant" else "right")
-    for row in rows:
-        if "static" not in row["policies"]:
-            continue
-        change = against(row["policies"], "static", names)
-        cells = [
-            " / ".join(f"{change[name][key]:+.0f}" for key in ("layer_ms_p50", "layer_ms_p99", "cost_gb_s"))
-            for name in names
-        ]
-        table.add_row(row["constant"], f"{row['factor']:g}", *cells)
-    return table
-
-
 def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Progress) -> RoutingPool:
     if args.checkpoint is None and args.recording is None:
         task = progress.add_task("generating routing", total=None)
@@ -235,13 +213,14 @@ def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Prog
         return pool
     # The engine is loaded only for recorded routing.
     from backend.elastic.predictor import LoadPredictor
-    from backend.elastic.recording import Recording, record_demo
+    from backend.elastic.recording import Recording, record_traffic
+    from backend.elastic.traffic import demo_questions
 
     if args.recording is not None:
         recording = Recording.read(args.recording)
     else:
         read_config(args.checkpoint)
-        recording = record_demo(str(args.checkpoint), progress)
+        recording = record_traffic(str(args.checkpoint), demo_questions(1, args.seed), 32, args.seed, progress)
     if args.predictor is not None:
         predictor = LoadPredictor.read(args.predictor, recording.fingerprint)
     else:
@@ -252,7 +231,7 @@ def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Prog
 def _arrivals(args: argparse.Namespace) -> Arrivals:
     if args.trace is not None:
         return read_trace(args.trace)
-    seconds = args.seconds * args.rate_scale
+    seconds = args.seconds * args.windows * args.rate_scale
     return poisson(args.rate, seconds, args.input_tokens, args.output_tokens, args.seed)
 
 
@@ -276,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     args = top.parse_args(argv)
     if unknown := [name for name in args.policies.split(",") if name not in POLICIES]:
         top.error(f"--policies: unknown policy {unknown[0]!r}; there are {', '.join(POLICIES)}")
+    if args.windows < 1:
+        top.error("--windows must be at least 1")
     if args.devices < 1 or not 0 <= args.threshold <= 1:
         top.error("--devices must be at least 1, --threshold between 0 and 1")
     if args.checkpoint is not None and args.recording is not None:

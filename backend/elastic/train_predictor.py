@@ -5,7 +5,7 @@ python -m backend.elastic.train_predictor --checkpoint DIR [--distances 1,2,4] [
 Writes load-predictor.safetensors beside the checkpoint (--output for another place). A layer and distance whose plain router
 finds fewer than 80 % of the experts on held-out sequences is fine-tuned. Recall and load error are reported per layer and
 distance on held-out sequences, by domain, and across a domain shift: trained on half of the domains, measured on the rest,
-beside baselines that know past loads only.
+beside baselines that know past loads only. (An oracle has recall 1 and error 0.)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +25,29 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from backend.elastic.predictor import FILE_NAME, Ewma, LastWindow, LoadPredictor, load_error, recall
-from backend.elastic.recording import Recording, record_demo
+from backend.elastic.predictor import FILE_NAME, Ewma, HiddenLayer, LastWindow, LoadPredictor, load_error, recall
+from backend.elastic.recording import Recording, record_traffic
+from backend.elastic.traffic import demo_questions, mixed
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
 
 #: Below this held-out recall a layer is fine-tuned (MoEless).
 ENOUGH = 0.8
-_EPOCHS, _PATIENCE, _BATCH = 60, 5, 256
+#: Width of the hidden layer where a matrix is not enough.
+HIDDEN_UNITS = 256
+_STEPS, _BATCH, _RATE, _CHECK_EVERY = 2500, 1024, 2e-3, 250
 #: Tokens of a simulated step over which load error is taken.
 _STEP_TOKENS = 64
+#: Requests that share the steps of a batched measurement.
+_TOGETHER = 16
+
+
+class Data(NamedTuple):
+    """N tokens for one predictor."""
+
+    inputs: Tensor  # [N, M] of the earlier layer
+    probabilities: Tensor  # [N, E] of the predicted layer's router
+    experts: Tensor  # [N, K] that it chose
 
 
 def split_sequences(recording: Recording, seed: int, held_out: float = 0.25) -> tuple[list[int], list[int]]:
@@ -52,43 +66,51 @@ def split_sequences(recording: Recording, seed: int, held_out: float = 0.25) -> 
 
 
 def fine_tune(
-    weight: Tensor, bias: Tensor, inputs: Tensor, experts: Tensor, held_out: tuple[Tensor, Tensor], seed: int
-) -> tuple[Tensor, Tensor, float]:
-    """Train a copy of weight [E, M] and bias [E] to give the experts [T, K] the highest logits for inputs [T, M].
+    start: tuple[Tensor, Tensor], data: Data, held_out: Data, top_k: int, seed: int, units: int = 0
+) -> tuple[Tensor, Tensor, HiddenLayer | None, float]:
+    """Train a copy of the matrix [E, M] and bias [E] in `start` on `data`, with `units` hidden units beside it (0: none).
 
-    The loss is the cross-entropy against equal shares of the true experts; the best epoch by recall on `held_out`
-    (inputs, experts) wins, and early stopping ends a search that does not improve. Returns (weight, bias, recall).
+    The loss is the cross-entropy against the router's own probabilities, which say more than its choice. The state with the
+    best recall on `held_out` wins. Returns (matrix, bias, hidden layer, that recall).
     """
-    top_k = experts.shape[1]
-    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    optimizer = torch.optim.Adam([weight, bias], lr=5e-2 * float(weight.detach().std().clamp(min=1e-3)))
     generator = torch.Generator().manual_seed(seed)
-    inputs, test_inputs = inputs.float(), held_out[0].float()
-    best = (-1.0, weight.detach().clone(), bias.detach().clone())
-    since = 0
-    for _ in range(_EPOCHS):
-        for rows in torch.randperm(len(inputs), generator=generator).split(_BATCH):
-            logits = F.log_softmax(F.linear(inputs[rows], weight, bias), dim=-1)
-            loss = -logits.gather(1, experts[rows].long()).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            found = recall(F.linear(test_inputs, weight, bias).topk(top_k).indices, held_out[1])
-        since = 0 if found > best[0] else since + 1
-        if found > best[0]:
-            best = (found, weight.detach().clone(), bias.detach().clone())
-        if since >= _PATIENCE:
-            break
-    return best[1], best[2], best[0]
+    width = start[0].shape[1]
+    tensors = [tensor.clone() for tensor in start]
+    if units:
+        inner = torch.randn(units, width, generator=generator) / width**0.5
+        tensors += [inner, torch.zeros(units), torch.zeros(len(start[1]), units)]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    optimizer = torch.optim.Adam(tensors, lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+
+    def logits(inputs: Tensor) -> Tensor:
+        out = F.linear(inputs, tensors[0], tensors[1])
+        return out + HiddenLayer(*tensors[2:])(inputs) if units else out
+
+    best, found = [tensor.detach().clone() for tensor in tensors], -1.0
+    for step in range(1, _STEPS + 1):
+        rows = torch.randint(len(data.inputs), (min(_BATCH, len(data.inputs)),), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(logits(data.inputs[rows].float()), data.probabilities[rows]).backward()
+        optimizer.step()
+        schedule.step()
+        if step % _CHECK_EVERY == 0:
+            with torch.no_grad():
+                now = recall(logits(held_out.inputs.float()).topk(top_k).indices, held_out.experts)
+            if now > found:
+                best, found = [tensor.detach().clone() for tensor in tensors], now
+    return best[0], best[1], HiddenLayer(*best[2:]) if units else None, found
 
 
 def train(
     recording: Recording, distances: Sequence[int], sequences: Sequence[int], seed: int, progress: Progress
 ) -> LoadPredictor:
-    """A predictor from the given sequences; a fifth of them decides when to stop and whether tuning was worth it."""
+    """A predictor from the given sequences; a fifth of them decides which form of it is enough, and when to stop.
+
+    Forms are tried in this order until one finds 80 % of the experts: the router, a fine-tuned matrix, one with hidden units.
+    """
     predictor = LoadPredictor.of_recording(recording, *distances)
-    weights, biases, tuned = dict(predictor.weights), dict(predictor.biases), set()
+    weights, biases, tuned, hidden = dict(predictor.weights), dict(predictor.biases), set(), {}
     validation = list(sequences[::5])
     rows = recording.rows_of([s for s in sequences if s not in set(validation)])
     check = recording.rows_of(validation)
@@ -97,38 +119,54 @@ def train(
             f"nothing to train: {len(sequences)} sequences, {recording.num_layers} layers, distances {list(distances)}"
         )
     task = progress.add_task("training predictors", total=len(weights))
-    for layer, distance in weights:
-        inputs, experts = recording.hidden[layer - distance], recording.experts[layer]
-        plain = recall(predictor.choose(inputs[check], layer, distance), experts[check])
-        if plain < ENOUGH:
-            held_out = (inputs[check], experts[check])
-            weight, bias, found = fine_tune(
-                weights[layer, distance], biases[layer, distance], inputs[rows], experts[rows], held_out, seed
-            )
-            if found > plain:
-                weights[layer, distance], biases[layer, distance] = weight, bias
-                tuned.add((layer, distance))
+    for pair in weights:
+        layer, distance = pair
+        data, held_out = _data(recording, layer, distance, rows), _data(recording, layer, distance, check)
+        found = recall(predictor.choose(held_out.inputs, layer, distance), held_out.experts)
+        start = weights[pair], biases[pair]
+        for units in (0, HIDDEN_UNITS):
+            if found >= ENOUGH:
+                break
+            weight, bias, added, better = fine_tune(start, data, held_out, recording.top_k, seed, units)
+            if better > found:
+                weights[pair], biases[pair], found = weight, bias, better
+                tuned.add(pair)
+                if added is not None:
+                    hidden[pair] = added
         progress.advance(task)
     progress.remove_task(task)
-    return replace(predictor, weights=weights, biases=biases, tuned=frozenset(tuned))
+    return replace(predictor, weights=weights, biases=biases, tuned=frozenset(tuned), hidden=hidden)
+
+
+def _data(recording: Recording, layer: int, distance: int, rows: Tensor) -> Data:
+    logits = F.linear(recording.hidden[layer, rows].float(), recording.routers[layer], recording.biases[layer])
+    return Data(recording.hidden[layer - distance, rows], logits.softmax(-1), recording.experts[layer, rows].long())
 
 
 def measure(
-    recording: Recording, predictor: LoadPredictor, sequences: Sequence[int], warm_up: Sequence[int] = ()
+    recording: Recording,
+    predictor: LoadPredictor,
+    sequences: Sequence[int],
+    warm_up: Sequence[int] = (),
+    together: int = 1,
 ) -> list[dict[str, object]]:
-    """Recall and load errors per layer and distance over steps of 64 tokens; baselines have seen `warm_up` before."""
+    """Recall and load errors per layer and distance over steps of 64 tokens; baselines have seen `warm_up` before.
+
+    So many sequences advance `together`: the fewer, the more a step's load differs from that of the steps before.
+    """
     plain = LoadPredictor.of_recording(recording, *{distance for _, distance in predictor.weights})
-    rows, before = recording.rows_of(sequences), recording.rows_of(warm_up)
+    rows = recording.rows_of(sequences)
+    steps, before = steps_of(recording, sequences, together), steps_of(recording, warm_up, together)
     result = []
     for layer, distance in sorted(predictor.weights):
         experts = recording.experts[layer].long()
         inputs = recording.hidden[layer - distance]
         baselines = {"last_window": LastWindow(recording.num_experts), "ewma": Ewma(recording.num_experts)}
         errors: dict[str, list[float]] = {"predictor": [], "router": [], **{name: [] for name in baselines}}
-        for step in before.split(_STEP_TOKENS):
+        for step in before:
             for baseline in baselines.values():
                 baseline.observe(_count(experts[step], recording.num_experts))
-        for step in rows.split(_STEP_TOKENS):
+        for step in steps:
             loads = _count(experts[step], recording.num_experts)
             errors["predictor"].append(load_error(predictor.loads(inputs[step], layer, distance), loads))
             errors["router"].append(load_error(plain.loads(inputs[step], layer, distance), loads))
@@ -139,13 +177,23 @@ def measure(
             {
                 "layer": layer,
                 "distance": distance,
-                "tuned": (layer, distance) in predictor.tuned,
+                "form": _form(predictor, layer, distance),
                 "recall": recall(predictor.choose(inputs[rows], layer, distance), experts[rows]),
                 "recall_router": recall(plain.choose(inputs[rows], layer, distance), experts[rows]),
                 "load_error": {name: sum(values) / len(values) for name, values in errors.items()},
             }
         )
     return result
+
+
+def steps_of(recording: Recording, sequences: Sequence[int], together: int) -> list[Tensor]:
+    """Tokens of each step of 64, when so many sequences are served at a time, token by token in turn."""
+    order: list[Tensor] = []
+    for first in range(0, len(sequences), together):
+        group = [recording.rows_of([s]) for s in sequences[first : first + together]]
+        position = torch.cat([torch.arange(len(rows)) for rows in group])
+        order.append(torch.cat(group)[position.argsort(stable=True)])
+    return list(torch.cat(order).split(_STEP_TOKENS)) if order else []
 
 
 def run(recording: Recording, distances: Sequence[int], seed: int, progress: Progress) -> tuple[LoadPredictor, dict]:
@@ -158,9 +206,10 @@ def run(recording: Recording, distances: Sequence[int], seed: int, progress: Pro
         "tokens": recording.hidden.shape[1],
         "sequences": {"training": len(training), "held_out": len(testing)},
         "held_out": measure(recording, predictor, testing, training),
+        "held_out_batched": measure(recording, predictor, testing, training, _TOGETHER),
     }
     report["by_domain"] = {
-        name: measure(recording, predictor, members)
+        name: measure(recording, predictor, members, training)
         for index, name in enumerate(recording.domain_names)
         if (members := [s for s in testing if domains[s] == index])
     }
@@ -170,7 +219,14 @@ def run(recording: Recording, distances: Sequence[int], seed: int, progress: Pro
         # Baselines come from the domains before the shift, and adapt as they go.
         abroad = train(recording, distances, known, seed, progress)
         report["domain_shift"] = measure(recording, abroad, shifted, known)
+        report["domain_shift_batched"] = measure(recording, abroad, shifted, known, _TOGETHER)
     return predictor, report
+
+
+def _form(predictor: LoadPredictor, layer: int, distance: int) -> str:
+    if (layer, distance) in predictor.hidden:
+        return "hidden units"
+    return "matrix" if (layer, distance) in predictor.tuned else "router"
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:
@@ -179,17 +235,22 @@ def _count(experts: Tensor, num_experts: int) -> Tensor:
 
 def show(report: dict, console: Console) -> None:
     """Tables for people."""
-    for key, title in (("held_out", "Held-out sequences"), ("domain_shift", "After a domain shift")):
+    titles = {
+        "held_out": "Held-out sequences, one at a time",
+        "held_out_batched": f"Held-out sequences, {_TOGETHER} at a time",
+        "domain_shift": "After a domain shift, one sequence at a time",
+        "domain_shift_batched": f"After a domain shift, {_TOGETHER} at a time",
+    }
+    for key, title in titles.items():
         if key not in report:
             continue
         table = Table(title=title)
         names = list(report[key][0]["load_error"])
-        for column in ("layer", "distance", "recall router", "recall", "tuned", *(f"load error {n}" for n in names)):
+        for column in ("layer", "distance", "recall router", "recall", "form", *(f"load error {n}" for n in names)):
             table.add_column(column, justify="right")
         for row in report[key]:
             cells = [str(row["layer"]), str(row["distance"]), f"{row['recall_router']:.3f}", f"{row['recall']:.3f}"]
-            cells.append("yes" if row["tuned"] else "")
-            table.add_row(*cells, *(f"{row['load_error'][name]:.3f}" for name in names))
+            table.add_row(*cells, row["form"], *(f"{row['load_error'][name]:.3f}" for name in names))
         console.print(table)
 
 
@@ -201,6 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or dummy:SHAPE to try the command")
     parser.add_argument("--recording", type=Path, help="use this file if it exists, else record and write it")
+    parser.add_argument("--data", type=Path, help="folder of backend.demo.prepare: record its held-out texts too")
+    parser.add_argument("--passages", type=int, default=60, help="passages of each text (default 60)")
+    parser.add_argument("--passage-tokens", type=int, default=256, help="tokens of a passage (default 256)")
     parser.add_argument("--distances", default="1,2", help="layers ahead, comma-separated (default 1,2)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated per prompt (default 32)")
     parser.add_argument("--repeats", type=int, default=4, help="sets of demo questions (default 4)")
@@ -210,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not all(part.isdigit() and int(part) >= 1 for part in args.distances.split(",")):
         parser.error(f"--distances must be whole numbers of at least 1, got {args.distances!r}")
-    if args.new_tokens < 1 or args.repeats < 1:
-        parser.error("--new-tokens and --repeats must be at least 1")
+    if min(args.new_tokens, args.repeats, args.passages, args.passage_tokens) < 1:
+        parser.error("--new-tokens, --repeats, --passages and --passage-tokens must be at least 1")
     dummy = args.checkpoint.startswith(PREFIX)
     if dummy and args.output is None:
         parser.error("--output is needed for a dummy checkpoint")
@@ -223,7 +287,12 @@ def main(argv: list[str] | None = None) -> int:
             if args.recording is not None and args.recording.exists():
                 recording = Recording.read(args.recording)
             else:
-                recording = record_demo(args.checkpoint, progress, args.new_tokens, args.repeats, args.seed)
+                traffic = (
+                    mixed(args.data, args.passages, args.passage_tokens, args.repeats, args.seed)
+                    if args.data is not None
+                    else demo_questions(args.repeats, args.seed)
+                )
+                recording = record_traffic(args.checkpoint, traffic, args.new_tokens, args.seed, progress)
                 if args.recording is not None:
                     recording.write(args.recording)
             predictor, report = run(recording, distances, args.seed, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from operator import getitem
 
 import numpy as np
 import torch
@@ -22,53 +23,52 @@ def build_batch(
     ahead takes its input from `previous` [R] int64, the tokens that the step before it chose, on the device.
     """
     sequences, num_tokens, ahead = schedule.sequences, schedule.num_tokens, schedule.previous_rows
-    num_decodes = schedule.num_decodes
-    counts = np.array(num_tokens)
-    starts = np.array([sequence.num_computed for sequence in sequences])
-    query_start = np.zeros(len(sequences) + 1, np.int32)
+    num_sequences, num_decodes = len(sequences), schedule.num_decodes
+    counts = _integers(num_tokens)
+    tokens = [sequence.tokens for sequence in sequences]
+    computed = [sequence.num_computed for sequence in sequences]
+    starts, known = _integers(computed), _integers(list(map(len, tokens)))
+    query_start = np.zeros(num_sequences + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
     context_lens = starts + counts
 
-    if ahead is not None:
-        token_ids = ahead  # where they will be
+    if ahead is None:
+        token_ids = list(map(getitem, tokens[:num_decodes], computed))
+        for i in range(num_decodes, num_sequences):
+            token_ids += tokens[i][computed[i] : computed[i] + num_tokens[i]]
     else:
-        token_ids = [sequence.tokens[sequence.num_computed] for sequence in sequences[:num_decodes]]
-        for sequence, count in zip(sequences[num_decodes:], num_tokens[num_decodes:], strict=True):
-            token_ids += sequence.tokens[sequence.num_computed : sequence.num_computed + count]
+        token_ids, known = ahead, known + 1  # where they will be
 
     # All tables end to end, then each to the beginning of its row.
-    lengths = np.array([len(sequence.blocks) for sequence in sequences])
-    blocks = array("i")
-    for sequence in sequences:
-        blocks.extend(sequence.blocks)
-    block_tables = np.zeros((len(sequences), int(lengths.max())), np.int32)
-    block_tables[np.arange(block_tables.shape[1]) < lengths[:, None]] = blocks
+    tables = [sequence.blocks for sequence in sequences]
+    lengths = _integers(list(map(len, tables)))
+    block_tables = np.zeros((num_sequences, int(lengths.max())), np.int32)
+    block_tables[np.arange(block_tables.shape[1]) < lengths[:, None]] = np.frombuffer(b"".join(tables), np.int32)
 
-    rows = np.repeat(np.arange(len(sequences)), counts)  # [T] the sequence of each token
-    positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
+    if num_decodes == num_sequences:
+        rows, positions = np.arange(num_sequences), starts
+    else:
+        rows = np.repeat(np.arange(num_sequences), counts)  # [T] the sequence of each token
+        positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
     kv_slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
 
     # Sequence.token_class of all at once.
-    prompts = np.array([sequence.num_prompt for sequence in sequences])
+    prompts = _integers([sequence.num_prompt for sequence in sequences])
     classes = ((counts == 1) & (starts >= prompts)).astype(np.int8)
-    never = [i for i, sequence in enumerate(sequences) if sequence.never_browned]
-    if never:
+    never = [sequence.never_browned for sequence in sequences]
+    if any(never):
         classes[never] += NEVER
-    known = np.array([len(sequence.tokens) + (ahead is not None) for sequence in sequences])
     logit_rows = query_start[1:][context_lens == known] - 1
-
-    def as_type(values: object, dtype: type[np.generic]) -> np.ndarray:
-        return np.ascontiguousarray(values, dtype)
 
     ids, *tensors = to_device(
         [
-            as_type(token_ids, np.int64),
-            as_type(positions, np.int64),
-            as_type(kv_slots, np.int64),
+            _integers(token_ids),
+            positions,
+            kv_slots,
             query_start,
-            as_type(context_lens, np.int32),
+            context_lens.astype(np.int32),
             block_tables,
-            as_type(logit_rows, np.int64),
+            logit_rows.astype(np.int64),
             classes[rows],
         ],
         device,
@@ -84,3 +84,8 @@ def build_batch(
         query_lens=num_tokens,
         context_lens_host=context_lens.tolist(),
     )
+
+
+def _integers(values: list[int]) -> np.ndarray:
+    """[n] int64, writable; twice as fast as np.array."""
+    return np.frombuffer(array("q", values), np.int64)

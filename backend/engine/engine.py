@@ -31,6 +31,7 @@ from backend.engine.sampler import Sampled, Sampling
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import InvalidRequestError, UnavailableError
+from backend.experts.resident import ExpertTelemetry
 from backend.kernels.transfer import HostCopy
 
 Event = TokenOutput | RequestEnded
@@ -110,11 +111,13 @@ class Engine:
         self._requests: dict[object, Request] = {}
         self.counters = EngineCounters()
         self._not_started: dict[object, Request] = {}
+        #: Prompt tokens of the requests that have not started.
+        self._queued_tokens = 0
         self._deadlines = LazyHeap()
         self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._num_steps = 0
         #: Whether a step is launched before the tokens of the one before it are known.
-        self.overlap = resolve_async_scheduling(config.async_scheduling, self.runner.device)
+        self.overlap = resolve_async_scheduling(config, self.runner.device)
         self._ahead: _Step | None = None
 
     @property
@@ -149,6 +152,7 @@ class Engine:
             )
         self._requests[request.request_id] = request
         self._not_started[request.request_id] = request
+        self._queued_tokens += len(request.prompt_ids)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(request.prompt_ids)
         if request.deadline is not None:
@@ -180,7 +184,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """What is before the engine now."""
         oldest = next(iter(self._not_started.values()), None)
-        waiting_tokens = sum(len(request.prompt_ids) for request in self._not_started.values())
+        waiting_tokens = self._queued_tokens
         for sequence in self.scheduler.running:
             waiting_tokens += max(0, sequence.num_prompt - sequence.num_computed)
         return EngineLoad(
@@ -194,12 +198,13 @@ class Engine:
             mean_output_tokens=self.counters.mean_output_tokens,
         )
 
-    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0) -> list[Event]:
-        """End waiting requests that can no longer get their first token within `limit_s` of their arrival.
+    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
+        """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.
 
         They are judged at the present thresholds or, if it is lower, at `floor`: what dimming may still save is not refused.
+        Which ones, and what `margin` is: `shedding.late_requests`.
         """
-        if not self._not_started:
+        if all(request.accepted for request in self._not_started.values()):
             return []
         now, load = time.monotonic(), self.load()
         settings = self.settings
@@ -212,18 +217,21 @@ class Engine:
                 len(request.prompt_ids),
                 request.params.brownout == "never",
                 request.params.priority,
+                request.accepted,
             )
             for request in queue
         ]
-        events: list[Event] = []
         started = load.waiting_tokens - sum(request.tokens for request in waiting)
-        for refusal in late_requests(pace, started, waiting, limit_s):
+        refusals = late_requests(pace, started, waiting, limit_s, margin)
+        for request in queue:
+            request.accepted = True
+        events: list[Event] = []
+        for refusal in refusals:
             self.abort(refusal.request_id)
             self.counters.requests_shed += 1
-            late_s = refusal.expected_s - limit_s
             message = (
-                f"the server is overloaded: the first token would come after about {refusal.expected_s:.1f} s, more than "
-                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(late_s))} s"
+                f"the server is overloaded: the first token would come after about {refusal.expected_s:.2g} s, too late for "
+                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(refusal.expected_s))} s"
             )
             events.append(RequestEnded(refusal.request_id, "rejected", message))
         return events
@@ -241,19 +249,18 @@ class Engine:
             ahead = self._launch_ahead(step)
             self._finish(step, events)
             if ahead is not None:
-                self._book(ahead)
+                self._book(ahead.schedule.unfinished(), ahead.browned)
                 self._ahead = ahead
             self._num_steps += 1
         return events
 
     def _begin(self) -> _Step | None:
-        """Schedule and launch a step when all tokens so far are known."""
+        """Schedule, launch and book a step when all tokens so far are known."""
         schedule = self.scheduler.schedule()
         if not schedule:
             return None
-        step = self._launch(schedule, self.runner.run(schedule))
-        self._book(step)
-        return step
+        logits = self.runner.run(schedule)
+        return self._sample(schedule, self._book(schedule, self.runner.browned_classes), logits)
 
     def _launch_ahead(self, step: _Step) -> _Step | None:
         """Launch the step after `step`, which is booked and may still run; None if its tokens must be known for that.
@@ -267,13 +274,11 @@ class Engine:
         schedule = self.scheduler.schedule_ahead(step.ready, self._ends_by_length)
         if schedule is None:
             return None
-        return self._launch(schedule, self.runner.run(schedule, step.sampling.tokens))
+        return self._sample(schedule, schedule.sequences, self.runner.run(schedule, step.sampling.tokens))
 
-    def _launch(self, schedule: Schedule, logits: Tensor) -> _Step:
-        """Go on with the logits of a step: begin to choose its tokens."""
+    def _sample(self, schedule: Schedule, ready: list[Sequence], logits: Tensor) -> _Step:
+        """Go on with the logits of a step that has just been launched: begin to choose the tokens of `ready`."""
         ahead = schedule.previous_rows is not None
-        pairs = zip(schedule.sequences, schedule.num_tokens, strict=True)
-        ready = [s for s, count in pairs if s.num_computed + count == len(s.tokens) + ahead]
         sampling = Sampling(logits, [self._sample_row(sequence, ahead) for sequence in ready]) if ready else None
         browned = self.runner.browned_classes
         return _Step(schedule, ready, sampling, browned, self.runner.copy_replaced() if any(browned) else None)
@@ -303,31 +308,41 @@ class Engine:
             united_share=self._united_share,
         )
 
-    def _book(self, step: _Step) -> None:
-        """Record what is computed once the device has come so far; all tokens that go into it are known."""
-        computed = self.scheduler.computed
-        for sequence, count in zip(step.schedule.sequences, step.schedule.num_tokens, strict=True):
-            if sequence.finished:
-                continue
-            # With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
-            computed(sequence, count, not step.browned[sequence.token_class(count)])
+    def expert_telemetry(self) -> ExpertTelemetry:
+        """What the expert pool has done since the start; cheap."""
+        pool = self.runner.model.pool
+        return ExpertTelemetry() if pool is None else pool.telemetry()
+
+    def _book(self, schedule: Schedule, browned: tuple[bool, ...]) -> list[Sequence]:
+        """Record what is computed once the device has come so far; all tokens that go into it are known.
+
+        `browned`: for each token class whether experts were replaced. Returns the sequences that have logits, in the order of
+        the logits' rows.
+        """
+        # With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
+        pristine = None
+        if any(browned):
+            pairs = zip(schedule.sequences, schedule.num_tokens, strict=True)
+            pristine = [not browned[sequence.token_class(count)] for sequence, count in pairs]
+        ready = self.scheduler.computed(schedule, pristine)
+        for sequence in [s for s in schedule.sequences if not s.request.siblings_started]:
             request = sequence.request
-            if not request.siblings_started:
-                self._not_started.pop(request.request_id, None)
-                if sequence.prompt_computed:
-                    request.siblings_started = True
-                    for sibling in request.sequences[1:]:
-                        if not sibling.finished:
-                            self.scheduler.add(sibling)
+            self._leave_queue(request)
+            if sequence.prompt_computed:
+                request.siblings_started = True
+                for sibling in request.sequences[1:]:
+                    if not sibling.finished:
+                        self.scheduler.add(sibling)
+        return ready
 
     def _count_replaced(self, step: _Step) -> None:
-        """Record how many tokens each sequence ran, and what brownout replaced of them."""
+        """Record what brownout replaced in a step."""
+        if step.replaced is None:
+            self._united_share = 0.0
+            return
         schedule = step.schedule
-        replaced = [0] * len(schedule.sequences)
-        if step.replaced is not None:
-            replaced = self.runner.replaced_assignments(schedule, step.replaced)
-        for sequence, count, num_replaced in zip(schedule.sequences, schedule.num_tokens, replaced, strict=True):
-            sequence.num_run += count
+        replaced = self.runner.replaced_assignments(schedule, step.replaced)
+        for sequence, num_replaced in zip(schedule.sequences, replaced, strict=True):
             sequence.num_replaced += num_replaced
         self._united_share = sum(replaced) / (sum(schedule.num_tokens) * self._assignments)
 
@@ -385,10 +400,14 @@ class Engine:
 
     def _forget_if_finished(self, request: Request) -> None:
         if request.finished and self._requests.pop(request.request_id, None) is not None:
-            self._not_started.pop(request.request_id, None)
+            self._leave_queue(request)
             self._finish_times.append(time.monotonic())
             if request.deadline is not None:
                 self._deadlines.ended()
+
+    def _leave_queue(self, request: Request) -> None:
+        if self._not_started.pop(request.request_id, None) is not None:
+            self._queued_tokens -= len(request.prompt_ids)
 
     def _expire(self) -> list[Event]:
         """End requests whose timeout has passed."""

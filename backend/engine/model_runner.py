@@ -50,10 +50,13 @@ class ModelRunner:
             attention=config.attention_backend,
             united=config.united,
             similarity=config.similarity,
+            pool=config.pool,
         )
         #: Brownout settings that the model can follow.
         self.available = Available(
-            self.model.ways, all(block.similarity is not None for block in self.model.moe_blocks)
+            self.model.ways,
+            all(block.similarity is not None for block in self.model.moe_blocks),
+            self.model.pool is not None and not self.model.pool.always_waits,
         )
         if config.widen_experts > 1:
             self.model.widen_experts(config.widen_experts)
@@ -110,6 +113,8 @@ class ModelRunner:
         if self.graphs is not None:
             self.graphs.capture_all(self.model.variant)
         self.model.forget_step()
+        if self.model.pool is not None:
+            self.model.pool.forget_counts()
         for part in (*self.kv_cache.k, *self.kv_cache.v):
             part.zero_()
 
@@ -138,10 +143,17 @@ class ModelRunner:
         Raises ConfigError, and changes nothing, if they need united experts or similarities that are not loaded.
         """
         way = self.available.way_of(settings)
+        pool = self.model.pool
+        if pool is not None and not settings.dims and not settings.way:
+            way = min(self.model.ways, default=0)  # only missing experts are replaced: by the most exact ones
         table = [settings.by_class()] * self.model.config.num_layers
         self.model.set_thresholds(table)
         #: For each token class whether experts may be replaced in some layer.
         self.browned_classes = tuple(min(column) < 1.0 for column in zip(*table, strict=True))
+        if pool is not None:
+            self.browned_classes = tuple(
+                browned or not waits for browned, waits in zip(self.browned_classes, pool.waits, strict=True)
+            )
         # With every threshold at 1 all mechanisms do nothing; this one does it most cheaply.
         mechanism = settings.mechanism if settings.dims else "united"
         self.model.set_replacement(mechanism, settings.ranking, way, settings.similarity_min)
@@ -154,7 +166,13 @@ class ModelRunner:
         hold until the next call.
         """
         batch = build_batch(schedule, self.block_size, self.device, previous)
-        if self.graphs is not None and self.graphs.accepts(batch):
+        replays = self.graphs is not None and self.graphs.accepts(batch)
+        if (pool := self.model.pool) is not None:
+            # A captured step cannot wait for weights.
+            replays = replays and not pool.always_waits and not any(s.never_browned for s in schedule.sequences)
+            pool.between_steps(captured=replays)
+        if replays:
+            assert self.graphs is not None
             return self.graphs.run(batch, self.model.variant)
         return self.model.forward(batch, self.kv_cache)
 
@@ -230,9 +248,13 @@ def check_expert_dtype(expert_dtype: str, device: torch.device) -> None:
         )
 
 
-def resolve_async_scheduling(setting: str, device: torch.device) -> bool:
-    """Whether steps are launched ahead, from the `async_scheduling` parameter; a CPU has nothing to gain from it."""
-    return setting == "on" or (setting == "auto" and device.type == "cuda")
+def resolve_async_scheduling(config: EngineConfig, device: torch.device) -> bool:
+    """Whether steps are launched ahead, from the `async_scheduling` parameter.
+
+    A CPU has nothing to gain from it, nor has the resident pool: between its steps it reads the device.
+    """
+    setting = config.async_scheduling
+    return setting == "on" or (setting == "auto" and device.type == "cuda" and config.expert_pool == "local")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ Python: no tensor library here.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from backend.engine.block_manager import BlockManager, chain_hashes
@@ -28,6 +28,11 @@ class Schedule:
 
     def __bool__(self) -> bool:
         return bool(self.sequences)
+
+    def unfinished(self) -> Schedule:
+        """What is left of a step made ahead, of one token each, once the tokens before it are known."""
+        sequences = [sequence for sequence in self.sequences if not sequence.finished]
+        return Schedule(sequences, [1] * len(sequences), len(sequences))
 
 
 class Scheduler:
@@ -92,11 +97,11 @@ class Scheduler:
             budget -= count
             chunks.append((sequence, count))
         chunks.sort(key=lambda chunk: chunk[1] != 1)
-        work = Schedule(decodes, [1] * len(decodes))
+        num_decodes = len(decodes) + sum(count == 1 for _, count in chunks)
+        work = Schedule(decodes, [1] * len(decodes), num_decodes)
         for sequence, count in chunks:
             work.sequences.append(sequence)
             work.num_tokens.append(count)
-        work.num_decodes = sum(1 for count in work.num_tokens if count == 1)
         return work
 
     def schedule_ahead(self, ready: list[Sequence], ends: Callable[[Sequence], bool]) -> Schedule | None:
@@ -122,20 +127,35 @@ class Scheduler:
             sequence.blocks.append(block)
         return Schedule(sequences, [1] * len(sequences), len(sequences), [rows[sequence] for sequence in sequences])
 
-    def computed(self, sequence: Sequence, num_tokens: int, pristine: bool = True) -> None:
-        """Book `num_tokens` as computed and publish the blocks that are now full.
+    def computed(self, schedule: Schedule, pristine: Iterable[bool] | None = None) -> list[Sequence]:
+        """Book a step as computed and publish the blocks that are now full. All tokens that go into it are known.
 
-        `pristine`: brownout replaced none of their experts.
+        `pristine`: for each sequence whether brownout replaced none of this step's experts; None: it replaced none at all.
+        Returns the sequences that have logits: all their known tokens are computed.
         """
-        num_computed = sequence.num_computed = sequence.num_computed + num_tokens
-        sequence.pristine = sequence.pristine and pristine
+        if pristine is not None:
+            for sequence, untouched in zip(schedule.sequences, pristine, strict=True):
+                sequence.pristine = sequence.pristine and untouched
+        ready = []
         block_size = self.blocks.block_size
-        if num_computed >= (sequence.num_published + 1) * block_size:
-            num_full = num_computed // block_size
-            chain_hashes(sequence.tokens, block_size, sequence.hashes)
-            for i in range(sequence.num_published, num_full):
-                self.blocks.publish(sequence.blocks[i], sequence.hashes[i], sequence.pristine)
-            sequence.num_published = num_full
+        for sequence, count in zip(schedule.sequences, schedule.num_tokens, strict=True):
+            sequence.num_run += count
+            num_computed = sequence.num_computed = sequence.num_computed + count
+            # A single token fills a block only if it ends one.
+            if count > 1 or num_computed % block_size == 0:
+                self._publish(sequence)
+            if num_computed == len(sequence.tokens):
+                ready.append(sequence)
+        return ready
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the blocks findable that have become full."""
+        block_size = self.blocks.block_size
+        num_full = sequence.num_computed // block_size
+        chain_hashes(sequence.tokens, block_size, sequence.hashes)
+        for i in range(sequence.num_published, num_full):
+            self.blocks.publish(sequence.blocks[i], sequence.hashes[i], sequence.pristine)
+        sequence.num_published = num_full
 
     def _admit(self) -> Sequence | None:
         """Move the first waiting sequence to running if there is room for all its known tokens."""

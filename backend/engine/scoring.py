@@ -37,13 +37,20 @@ class Scorer:
     """Scores sequences on an idle engine, `batch` of them at once.
 
     With `decode` every step computes one token of each sequence, under the decode threshold, as in generation; otherwise as
-    many as the engine's `max_batch_tokens` allows, under the prefill threshold. `after_step` is called after each step.
+    many as the engine's `max_batch_tokens` allows, under the prefill threshold. `after_step` is called after each step, and
+    `on_logits` with the scored tokens' logits [R, vocab] and the numbers [R] of the sequences that they belong to.
     """
 
     def __init__(
-        self, engine: Engine, batch: int = 32, decode: bool = False, after_step: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        batch: int = 32,
+        decode: bool = False,
+        after_step: Callable[[], None] = lambda: None,
+        on_logits: Callable[[Sequence[int], torch.Tensor], None] = lambda owners, logits: None,
     ) -> None:
-        self.engine, self.batch, self.decode, self.after_step = engine, batch, decode, after_step
+        self.engine, self.batch, self.decode = engine, batch, decode
+        self.after_step, self.on_logits = after_step, on_logits
         self.chunk = 1 if decode else max(1, engine.config.max_batch_tokens // batch)
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
@@ -92,13 +99,14 @@ class Scorer:
         work.num_decodes = sum(count == 1 for count in work.num_tokens)
         device = self.engine.runner.device
         batch = build_batch(work, self.engine.config.block_size, device)
-        rows, targets, sizes, start = [], [], [], 0
+        rows, targets, owners, sizes, start = [], [], [], [], 0
         for n, count in zip(order, work.num_tokens, strict=True):
             (ids, first), done = sequences[n], running[n].num_computed
             skipped = min(count, max(0, first - 1 - done))
             rows.extend(range(start + skipped, start + count))
             targets.extend(ids[done + 1 + skipped : done + 1 + count])
             sizes.append(count - skipped)
+            owners.extend([n] * (count - skipped))
             start += count
         token_class = torch.full_like(batch.token_class, _DECODE if self.decode else _PREFILL)
         batch = replace(batch, logit_rows=torch.tensor(rows, dtype=torch.int64, device=device), token_class=token_class)
@@ -111,4 +119,5 @@ class Scorer:
         for n, count, end, size in zip(order, work.num_tokens, ends, sizes, strict=True):
             found[n].append((logprobs[end - size : end], greedy[end - size : end]))
             running[n].num_computed += count
+        self.on_logits(owners, logits)
         self.after_step()

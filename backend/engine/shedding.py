@@ -1,9 +1,13 @@
-"""Early refusal: which waiting requests can no longer get their first token in time, and whom to give up for the others."""
+"""Early refusal: which of the requests that have just come cannot get their first token in time, and who gives way to whom.
+
+A refusal is worth something only at once, while its client can still go elsewhere. So a request is judged when it comes; one
+that was accepted is served, late if need be, unless a more important one takes its place.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backend.brownout.queue_model import EngineLoad
@@ -12,13 +16,17 @@ from backend.brownout.step_model import StepModel
 
 @dataclass(frozen=True)
 class Waiting:
-    """A request without a token yet. `never` (full quality wanted) and a lower `priority` number make it more important."""
+    """A request without a token yet. `never` (full quality wanted) and a lower `priority` number make it more important.
+
+    `accepted`: it was judged before.
+    """
 
     request_id: object
     age_s: float
     tokens: int
     never: bool = False
     priority: int = 0
+    accepted: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,25 +59,38 @@ class Pace:
         return max(prefill_s, (ahead + 1 - self._free) * self._finish_s)
 
 
-def late_requests(pace: Pace, started_tokens: int, waiting: Iterable[Waiting], limit_s: float) -> list[Refusal]:
+def late_requests(
+    pace: Pace, started_tokens: int, waiting: Sequence[Waiting], limit_s: float, margin: float = 0.0
+) -> list[Refusal]:
     """Whom to refuse so that the others are in time; `waiting` in the order of service.
 
     After Moore and Hodgson: walk along the queue, and where one would be late give up the least important so far, `auto`
-    before `never`, then the highest priority number, then the last in the queue. `started_tokens` are still to be computed
-    for requests that are no longer waiting.
+    before `never`, then the highest priority number, then those not accepted before, then the last in the queue. What is new
+    counts as late beyond (1 - margin) of the limit; what was accepted, beyond the limit or beyond when it would be served
+    without the new ones, so that it never goes for being late alone. `started_tokens` are still to be computed for requests
+    that are no longer waiting.
     """
+    if all(request.accepted for request in waiting):
+        return []
     refusals: list[Refusal] = []
     tokens, ahead = started_tokens, 0
-    kept: list[tuple[bool, int, int, Waiting]] = []
+    old_tokens, old_ahead = started_tokens, 0
+    kept: list[tuple[bool, int, bool, int, Waiting]] = []
     for position, request in enumerate(waiting):
-        alone_s = request.age_s + pace.first_token_s(started_tokens + request.tokens, 0)
-        if alone_s > limit_s:
-            refusals.append(Refusal(request.request_id, alone_s))
-            continue
+        if request.accepted:
+            old_tokens += request.tokens
+            allowed_s = max(limit_s, request.age_s + pace.first_token_s(old_tokens, old_ahead))
+            old_ahead += 1
+        else:
+            allowed_s = limit_s * (1 - margin)
+            alone_s = request.age_s + pace.first_token_s(started_tokens + request.tokens, 0)
+            if alone_s > allowed_s:
+                refusals.append(Refusal(request.request_id, alone_s))
+                continue
         tokens += request.tokens
-        heapq.heappush(kept, (request.never, -request.priority, -position, request))
-        while (expected_s := request.age_s + pace.first_token_s(tokens, ahead)) > limit_s:
-            given_up = heapq.heappop(kept)[3]
+        heapq.heappush(kept, (request.never, -request.priority, request.accepted, -position, request))
+        while (expected_s := request.age_s + pace.first_token_s(tokens, ahead)) > allowed_s:
+            given_up = heapq.heappop(kept)[-1]
             tokens -= given_up.tokens
             refusals.append(Refusal(given_up.request_id, expected_s))
             if given_up is request:

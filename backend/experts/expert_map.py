@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: In place of a slot: the expert's own weights are not there, its group's united expert serves it.
+MISSING = -1
+
 
 class ExpertMap:
     """Tables from logical experts to weight slots of one MoE layer.
@@ -15,13 +18,17 @@ class ExpertMap:
     graph which reads them stays valid.
     """
 
-    def __init__(self, num_experts: int, num_slots: int, device: torch.device) -> None:
-        if num_slots < num_experts:
-            raise ValueError(f"{num_slots} slots cannot hold {num_experts} experts")
+    def __init__(self, num_experts: int, num_slots: int, device: torch.device, num_resident: int | None = None) -> None:
+        """The first `num_resident` slots (default: one for each expert) hold experts' own weights, at first those of the
+        experts with these numbers."""
+        self.num_resident = num_experts if num_resident is None else num_resident
+        if num_slots < self.num_resident:
+            raise ValueError(f"{num_slots} slots cannot hold {self.num_resident} experts")
         self.num_experts = num_experts
         self.num_slots = num_slots
-        #: [E] int64, slot of each logical expert's original weights.
+        #: [E] int64, slot of each logical expert's original weights, or MISSING; from `num_slots` on: see ResidentExperts.
         self.expert_slots: Tensor = torch.arange(num_experts, device=device)
+        self.expert_slots[self.num_resident :] = MISSING
         #: [E] int64, slot of the united expert of each expert's group, in the way that is in use; experts of one group have
         #: the same. Without a way in use every expert is alone in its group, so that none is ever replaced.
         self.united_slots: Tensor = torch.arange(num_experts, device=device)
@@ -44,8 +51,8 @@ class ExpertMap:
         """Serve group g of `groups` [E] int64 from slot `first_slot + g` when `way` is in use."""
         if groups.shape != (self.num_experts,):
             raise ValueError(f"expected a group for each of {self.num_experts} experts, got {list(groups.shape)}")
-        if groups.min() < 0 or first_slot < self.num_experts or first_slot + int(groups.max()) >= self.num_slots:
-            raise ValueError(f"united slots must lie between {self.num_experts} and {self.num_slots - 1}")
+        if groups.min() < 0 or first_slot < self.num_resident or first_slot + int(groups.max()) >= self.num_slots:
+            raise ValueError(f"united slots must lie between {self.num_resident} and {self.num_slots - 1}")
         self._united_slots_of_way[way] = (first_slot + groups).to(self.united_slots)
 
     def use_way(self, way: int) -> None:

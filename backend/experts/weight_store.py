@@ -48,6 +48,21 @@ class ExpertWeights:
         self.w2 = (self.w2 / times).repeat_interleave(times, dim=2)
         self.expert_size = size * times
 
+    def put(self, slot: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Copy an expert's gate and up [I, M] and down [M, I], not widened and from any device, into a slot."""
+        times = self.expert_size // len(gate)
+        if times > 1:
+            gate, up = gate.repeat_interleave(times, dim=0), up.repeat_interleave(times, dim=0)
+            down = (down.to(self.w2.dtype) / times).repeat_interleave(times, dim=1)
+        self.gate(slot).copy_(gate, non_blocking=True)
+        self.up(slot).copy_(up, non_blocking=True)
+        self.down(slot).copy_(down, non_blocking=True)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return (self.w13.shape[1:].numel() + self.w2.shape[1:].numel()) * self.w13.element_size()
+
     def gate(self, slot: int) -> Tensor:
         """View [I, M] of a slot's gate projection."""
         return self.w13[slot, : self.expert_size]

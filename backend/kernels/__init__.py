@@ -10,6 +10,7 @@ an expert, K experts per token.
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -37,6 +38,9 @@ def kernels_for(device: torch.device, attention: str = "auto") -> ModuleType | S
 
 def _device_kernels(device: torch.device) -> ModuleType:
     if device.type == "cpu":
+        # oneDNN keeps machine code and buffers for the last 1024 shapes of matrices, hundreds of MiB once the rows of each
+        # expert have varied for a while; 128 shapes are as fast. Read when the first product is computed.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         from backend.kernels import cpu
 
         return cpu

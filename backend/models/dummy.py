@@ -111,8 +111,10 @@ def raw_config(checkpoint: str) -> dict[str, object]:
     return SHAPES[shape]
 
 
-def fill(model: MoeModel, routing: str, seed: int) -> None:
+def fill(model: MoeModel, routing: str, seed: int) -> dict[str, Tensor]:
     """Seeded random weights, scaled so that activations and logits keep a standard deviation near 1.
+
+    Returns those of tensors that have no storage in the model, in host memory.
 
     `routing`: `uniform` spreads tokens evenly over the experts of a layer; `zipf:S` adds log(rank^-S), in an order of its own
     for each layer, to router logits that vary like Gumbel noise: experts are then drawn with probability near rank^-S.
@@ -121,7 +123,9 @@ def fill(model: MoeModel, routing: str, seed: int) -> None:
     generator = torch.Generator(model.device).manual_seed(seed)
     # Each layer adds two outputs to the residual stream, whose variance would otherwise grow with the depth.
     depth_scale = 1 / math.sqrt(2 * model.config.num_layers)
-    for name, tensor in model.weights():
+    absent: dict[str, Tensor] = {}
+    for name, place in model.weights():
+        tensor = torch.empty_like(place, device=model.device) if place.is_meta else place
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         elif name.endswith(".bias"):
@@ -135,10 +139,13 @@ def fill(model: MoeModel, routing: str, seed: int) -> None:
                 (".o_proj.weight", f".{model.config.names.down}.weight", ".down_proj.weight")
             )
             _normal(tensor, (depth_scale if writes_residual else 1.0) / math.sqrt(tensor.shape[1]), generator)
+        if place.is_meta:
+            absent[name] = tensor.cpu()
     if exponent:
         for layer in model.layers:
             if layer.moe is not None:
                 layer.moe.router_bias = _zipf_bias(model.config.num_experts, exponent, generator)
+    return absent
 
 
 def united_groups(parameter: str, config: ModelConfig) -> dict[int, dict[int, Tensor]]:
@@ -162,8 +169,8 @@ def fill_brownout(model: MoeModel, similarity: str, seed: int) -> None:
     num_experts = model.config.num_experts
     for block in model.moe_blocks:
         for way in model.ways:
-            for united, originals in zip(block.united_weights(way), (block.experts.w13, block.experts.w2), strict=True):
-                for group, members in enumerate(originals[:num_experts].split(way)):
+            for united, originals in zip(block.united_weights(way), block.original_weights(), strict=True):
+                for group, members in enumerate(originals.split(way)):
                     united[group].copy_(members.float().mean(0))
         if similarity == "seeded":
             block.similarity = torch.rand(num_experts, num_experts, generator=generator, device=model.device)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from backend.models.config import ModelConfig
@@ -83,7 +82,7 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, backing: Backing, hidden_size: int, size: int) -> None:
-        self.size = size
+        self.kernels = backing.kernels
         self.gate_up = Linear(backing, hidden_size, (size, size))
         self.down = Linear(backing, size, (hidden_size,))
 
@@ -92,8 +91,7 @@ class GatedMLP:
         yield from self.down.weights(f"{prefix}.down_proj")
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)
-        return self.down(F.silu(gate_up[:, : self.size]).mul_(gate_up[:, self.size :]))
+        return self.kernels.gated_mlp(x, self.gate_up.weight, self.down.weight)
 
 
 class RotaryAngles:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backend.brownout.settings import TOKEN_CLASSES
+from backend.experts.resident import ResidentPool
 from backend.kernels import kernels_for
 from backend.models.attention import Attention, KVCache
 from backend.models.config import ModelConfig
@@ -28,6 +29,7 @@ class DecoderLayer:
         thresholds: Tensor,
         replacement: Replacement,
         groups: Mapping[int, Tensor],
+        num_resident: int,
     ) -> None:
         self.input_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(backing, config, layer)
@@ -35,7 +37,7 @@ class DecoderLayer:
         self.moe: MoeBlock | None = None
         self.mlp: GatedMLP | None = None
         if config.moe_layers[layer]:
-            self.moe = MoeBlock(backing, config, thresholds, replacement, groups)
+            self.moe = MoeBlock(backing, config, thresholds, replacement, groups, num_resident)
         else:
             self.mlp = GatedMLP(backing, config.hidden_size, config.dense_size)
 
@@ -67,10 +69,12 @@ class MoeModel:
         device: torch.device,
         groups: Mapping[int, Mapping[int, Tensor]] | None = None,
         attention: str = "auto",
+        num_resident: int | None = None,
     ) -> None:
         """Tensors are allocated but not filled: `load_model` does that. `attention` as in `kernels_for`.
 
-        `groups` [E], by way and layer, tell which experts are united; each way has slots of its own.
+        `groups` [E], by way and layer, tell which experts are united; each way has slots of its own. `num_resident` experts of
+        each layer have slots (None: all); with fewer than all the model needs a `pool`.
         """
         groups = groups or {}
         self.config, self.dtype, self.device = config, dtype, device
@@ -92,10 +96,13 @@ class MoeModel:
                 self.thresholds[i],
                 self.replacement,
                 {way: layers[i] for way, layers in groups.items() if i in layers},
+                config.num_experts if num_resident is None else num_resident,
             )
             for i in range(config.num_layers)
         ]
         self.ways = tuple(sorted(groups))
+        #: Decides which experts have slots; None: all have.
+        self.pool: ResidentPool | None = None
         #: [T] int32, of each token of the last step the assignments of all layers that its own experts did not serve.
         self.last_replaced: Tensor | None = None
         self.final_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
@@ -112,10 +119,14 @@ class MoeModel:
             yield "lm_head.weight", self.lm_head
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights but the united experts'."""
+        """Bytes of all weights that have a place on the device, but the united experts'."""
         others = [tensor for name, tensor in self.weights() if ".experts." not in name]
         slots = sum(block.experts.num_bytes for block in self.moe_blocks)
         return sum(tensor.nbytes for tensor in others) + slots - self.united_bytes()
+
+    def resident_bytes(self) -> int:
+        """Bytes of the slots for experts' own weights."""
+        return sum(block.experts.slot_bytes * block.expert_map.num_resident for block in self.moe_blocks)
 
     def united_bytes(self) -> int:
         """Bytes of the united experts' weights, of all ways together."""
@@ -131,6 +142,15 @@ class MoeModel:
         moe = self.layers[layer].moe
         assert moe is not None
         return moe
+
+    def use_pool(self, pool: ResidentPool, absent: Mapping[str, Tensor]) -> None:
+        """Have `pool` fill the experts' slots from the tensors, by checkpoint name, that have no place in them."""
+        self.pool = pool
+        for i, layer in enumerate(self.layers):
+            if (block := layer.moe) is not None:
+                names = [block.expert_names(f"model.layers.{i}", e) for e in range(self.config.num_experts)]
+                sources = [(absent[gate], absent[up], absent[down]) for gate, up, down in names]
+                block.pool = pool.add_layer(block.experts, block.expert_map, sources)
 
     def widen_experts(self, times: int) -> None:
         """Make each routed and united expert `times` as wide and expensive without changing what it computes."""

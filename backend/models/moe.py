@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backend.experts.expert_map import ExpertMap
+from backend.experts.pool import ExpertPool, LocalExperts
 from backend.experts.weight_store import ExpertWeights
 from backend.kernels.reference.remap import BY_TOKEN
 from backend.models.config import ModelConfig
@@ -41,8 +42,8 @@ def num_folded(config: ModelConfig) -> int:
 class MoeBlock:
     """One layer's router, experts and, in some families, shared expert behind a sigmoid gate.
 
-    Slots of the expert weights: the originals, then the united experts of each way, ascending, then the shared expert if it
-    is folded.
+    Slots of the expert weights: the originals (or as many of them as there is room for), then the united experts of each way,
+    ascending, then the shared expert if it is folded.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class MoeBlock:
         thresholds: Tensor,
         replacement: Replacement,
         groups: Mapping[int, Tensor],
+        num_resident: int,
     ) -> None:
-        """`thresholds` [classes] is this layer's row of the model's table; `groups` [E] by way of united experts."""
+        """`thresholds` [classes] is this layer's row of the model's table; `groups` [E] by way of united experts;
+        `num_resident` slots for originals."""
         self.kernels = backing.kernels
         self.top_k, self.renormalize = config.top_k, config.norm_topk_prob
         self.names = config.names
@@ -64,15 +67,17 @@ class MoeBlock:
         self.router = backing.matrix(config.num_experts, config.hidden_size)
         #: [E] float32 added to the router's logits; dummy models skew their routing with it.
         self.router_bias: Tensor | None = None
-        num_slots = config.num_experts
+        num_slots = num_resident
         self._united: dict[int, slice] = {}
         for way in sorted(groups):
             self._united[way] = slice(num_slots, num_slots + int(groups[way].max()) + 1)
             num_slots = self._united[way].stop
-        self.expert_map = ExpertMap(config.num_experts, num_slots, backing.device)
+        self.expert_map = ExpertMap(config.num_experts, num_slots, backing.device, num_resident)
         for way, slots in self._united.items():
             self.expert_map.add_way(way, groups[way], slots.start)
         self.experts = ExpertWeights(num_slots, config.hidden_size, config.expert_size, backing.dtype, backing.device)
+        #: What computes the experts.
+        self.pool: ExpertPool = LocalExperts(backing.kernels, self.experts)
         #: [T, K] slots that served the last step's assignments, for telemetry.
         self.last_slots: Tensor | None = None
         self.shared_expert: GatedMLP | None = None
@@ -84,13 +89,15 @@ class MoeBlock:
         self.shared_slots: slice | None = None
 
     def weights(self, layer_prefix: str) -> Iterator[NamedWeight]:
+        """Without a slot for every expert, those of the experts stand there as tensors without storage (device `meta`)."""
         prefix = f"{layer_prefix}.{self.names.moe_block}"
         yield f"{prefix}.gate.weight", self.router
+        local = self.expert_map.num_resident == self.expert_map.num_experts
         for expert in range(self.expert_map.num_experts):
-            name = f"{prefix}.experts.{expert}"
-            yield f"{name}.{self.names.gate}.weight", self.experts.gate(expert)
-            yield f"{name}.{self.names.up}.weight", self.experts.up(expert)
-            yield f"{name}.{self.names.down}.weight", self.experts.down(expert)
+            slot = expert if local else 0
+            parts = (self.experts.gate(slot), self.experts.up(slot), self.experts.down(slot))
+            for name, part in zip(self.expert_names(layer_prefix, expert), parts, strict=True):
+                yield name, part if local else part.to("meta")
         if self.shared_expert is not None and self.shared_gate is not None:
             yield from self.shared_expert.weights(f"{prefix}.shared_expert")
             yield from self.shared_gate.weights(f"{prefix}.shared_expert_gate")
@@ -104,15 +111,29 @@ class MoeBlock:
         """Copy the shared expert, if its size is a multiple of an expert's, into slots that every token of a small step has.
 
         A slice of its intermediate neurons is a gated MLP like an expert, and the sum of the slices' outputs is its own. Belongs
-        after loading and before anything holds on to the expert weights.
+        after loading and before anything holds on to the expert weights. Nothing is done where another pool than LocalExperts
+        has charge of the slots.
         """
         shared, size = self.shared_expert, self.experts.expert_size
-        if shared is None or shared.size % size or self.shared_slots is not None:
+        local = isinstance(self.pool, LocalExperts)
+        if shared is None or not local or shared.size % size or self.shared_slots is not None:
             return
         num_slots, hidden_size = shared.size // size, self.experts.w2.shape[1]
         w13 = shared.gate_up.weight.view(2, num_slots, size, hidden_size).transpose(0, 1).flatten(1, 2)
         w2 = shared.down.weight.view(hidden_size, num_slots, size).transpose(0, 1)
         self.shared_slots = self.experts.append(w13, w2)
+
+    def expert_names(self, layer_prefix: str, expert: int) -> tuple[str, str, str]:
+        """Checkpoint names of an expert's gate, up and down."""
+        name = f"{layer_prefix}.{self.names.moe_block}.experts.{expert}"
+        return tuple(f"{name}.{part}.weight" for part in (self.names.gate, self.names.up, self.names.down))  # type: ignore[return-value]
+
+    def original_weights(self) -> tuple[Tensor, Tensor]:
+        """w13 [E, 2 * I, M] and w2 [E, M, I] of the experts, not widened; a copy if not all of them have slots."""
+        if isinstance(self.pool, LocalExperts):
+            num_experts = self.expert_map.num_experts
+            return self.experts.w13[:num_experts], self.experts.w2[:num_experts]
+        return self.pool.original_weights()
 
     def united_weights(self, way: int) -> tuple[Tensor, Tensor]:
         """Views w13 [G, 2 * I, M] and w2 [G, M, I] of the united experts of a way, by group."""
@@ -126,14 +147,14 @@ class MoeBlock:
         Rows from `num_tokens` on are padding.
         """
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
+        self.pool.admit(x, experts, token_class, num_tokens)
         slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens)
         self.last_slots = slots
-        stored = self.experts
         folded = self.shared_slots if len(x) <= FOLDED_ROWS else None
         if folded is not None and self.shared_gate is not None:
             gate, count = self.shared_gate.weight, self.num_shared_slots
             slots, weights = self.kernels.add_shared_slots(x, gate, slots, weights, folded.start, count, num_tokens)
-        out = self.kernels.grouped_experts_forward(x, stored.w13, stored.w2, slots, weights, stored.scales)
+        out = self.pool.forward(x, slots, weights)
         if folded is None and self.shared_expert is not None and self.shared_gate is not None:
             out.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared_expert(x))
         return out

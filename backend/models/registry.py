@@ -8,8 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.settings import TOKEN_CLASSES
+from backend.elastic.predictor import FILE_NAME as PREDICTOR_NAME
+from backend.elastic.predictor import LoadPredictor
+from backend.engine.request import NEVER
 from backend.errors import ConfigError
+from backend.experts.options import PoolOptions
+from backend.experts.resident import ResidentPool
 from backend.models import dummy, mixtral, olmoe, qwen2_moe, qwen3_moe
 from backend.models.config import ModelConfig, token_ids
 from backend.models.model import MoeModel
@@ -19,6 +27,7 @@ from backend.models.weights import load_weights
 _FAMILIES = (qwen2_moe, qwen3_moe, mixtral, olmoe)
 #: Parser of config.json by architecture name.
 _PARSERS: dict[str, Callable[[Mapping[str, object]], ModelConfig]] = {f.ARCHITECTURE: f.parse_config for f in _FAMILIES}
+LOCAL = PoolOptions()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,36 +54,78 @@ def load_model(
     united: str = "",
     similarity: str = "",
     attention: str = "auto",
+    pool: PoolOptions = LOCAL,
 ) -> MoeModel:
     """Load a Hugging Face checkpoint folder, or make the random weights of `dummy:SHAPE`; with them what brownout needs.
 
     `routing` and `seed` act on dummies only. `united` and `similarity` as `find_united` and `load_similarity` say; for a dummy
     ways as whole numbers ("2,8") and "seeded". `dtype` auto is the checkpoint's own type; for a dummy float32 on a CPU and
-    bfloat16 elsewhere. `attention` as in `kernels_for`. Raises ConfigError naming what is wrong.
+    bfloat16 elsewhere. `attention` as in `kernels_for`; `pool` says which experts have slots. Raises ConfigError naming what
+    is wrong.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    weights = weight_type(checkpoint, dtype, device)
     if checkpoint.startswith(dummy.PREFIX):
         config = parse_config(dummy.raw_config(checkpoint))
-        if dtype == "auto":
-            dtype = "float32" if device.type == "cpu" else "bfloat16"
-        model = MoeModel(config, _DTYPES[dtype], device, dummy.united_groups(united, config), attention)
-        dummy.fill(model, routing, seed)
+        slots = _resident_slots(pool, config, weights)
+        model = MoeModel(config, weights, device, dummy.united_groups(united, config), attention, slots)
+        absent = dummy.fill(model, routing, seed)
+        _use_pool(model, pool, absent, None)
         dummy.fill_brownout(model, similarity, seed)
         return model
     folder = Path(checkpoint)
     config = read_config(folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    if dtype not in _DTYPES:
-        raise ConfigError(
-            f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
-        )
     found = find_united(united, folder, config)
-    model = MoeModel(config, _DTYPES[dtype], device, groups_of(found), attention)
-    load_weights(model, folder)
+    slots = _resident_slots(pool, config, weights)
+    model = MoeModel(config, weights, device, groups_of(found), attention, slots)
+    _use_pool(model, pool, load_weights(model, folder), folder)
     fill_united(model, found)
     load_similarity(model, similarity, folder)
     return model
+
+
+def weight_type(checkpoint: str, dtype: str, device: torch.device) -> torch.dtype:
+    """The type that `load_model` stores weights in; raises ConfigError for one that is not supported."""
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"parameter dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if dtype == "auto" and checkpoint.startswith(dummy.PREFIX):
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    elif dtype == "auto":
+        dtype = read_config(Path(checkpoint)).dtype
+        if dtype not in _DTYPES:
+            raise ConfigError(
+                f"config.json: dtype {dtype!r} is not supported; set the parameter dtype to one of {', '.join(_DTYPES)}"
+            )
+    return _DTYPES[dtype]
+
+
+def _resident_slots(pool: PoolOptions, config: ModelConfig, dtype: torch.dtype) -> int | None:
+    expert_bytes = 3 * config.expert_size * config.hidden_size * dtype.itemsize
+    return pool.slots(config.num_experts, sum(config.moe_layers), expert_bytes)
+
+
+def _use_pool(model: MoeModel, options: PoolOptions, absent: Mapping[str, Tensor], folder: Path | None) -> None:
+    """Give the model the pool that the options ask for; `absent` are the experts' tensors by name."""
+    if not absent:
+        return
+    if options.expert_miss == "united" and not model.ways:
+        raise ConfigError(
+            "parameter expert_pool is resident and expert_miss united, which needs united experts, but none are loaded "
+            "(parameter united); build them, or set expert_miss to wait"
+        )
+    path = None if folder is None else folder / PREDICTOR_NAME
+    predictor = None
+    if options.expert_prefetch == "predictor" and (path is None or not path.exists()):
+        raise ConfigError(
+            f"parameter expert_prefetch is predictor, but the checkpoint has no {PREDICTOR_NAME}: make it with "
+            "backend.elastic.train_predictor, or use auto, ewma or none"
+        )
+    if path is not None and path.exists() and options.expert_prefetch in ("auto", "predictor"):
+        predictor = LoadPredictor.read(path, checkpoint_fingerprint(folder))
+    if model.device.type == "cuda":
+        absent = {name: tensor.to(model.dtype).pin_memory() for name, tensor in absent.items()}
+    waits = [options.expert_miss == "wait" or index >= NEVER for index in range(len(TOKEN_CLASSES))]
+    pool = ResidentPool(model.device, model.kernels, waits, predictor, options.expert_prefetch != "none")
+    model.use_pool(pool, absent)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -19,8 +19,8 @@ _FLOAT_TYPES = ("F32", "BF16", "F16")
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
-def load_weights(model: MoeModel, folder: Path) -> None:
-    """Fill every tensor of the model from a checkpoint folder.
+def load_weights(model: MoeModel, folder: Path) -> dict[str, Tensor]:
+    """Fill every tensor of the model from a checkpoint folder; returns, memory-mapped, those that have no storage there.
 
     A tensor that is missing, left over, of another shape or not a plain float type, and a file that is missing or
     truncated, is a ConfigError that names it.
@@ -31,13 +31,15 @@ def load_weights(model: MoeModel, folder: Path) -> None:
         # Some checkpoints repeat the tied matrix; a different one would mean that it is not tied.
         tied_head = targets["lm_head.weight"] = torch.empty_like(model.lm_head)
     seen: set[str] = set()
+    absent: dict[str, Tensor] = {}
     for path in _files(folder):
-        _load_file(path, targets, seen)
+        _load_file(path, targets, seen, absent)
     missing = sorted(set(targets) - seen - ({"lm_head.weight"} if tied_head is not None else set()))
     if missing:
         raise ConfigError(f"checkpoint {folder}: tensor {missing[0]} is missing" + _and_more(missing))
     if tied_head is not None and "lm_head.weight" in seen and not torch.equal(tied_head, model.lm_head):
         raise ConfigError(f"checkpoint {folder}: lm_head.weight differs from the embedding it is tied to")
+    return absent
 
 
 def _files(folder: Path) -> list[Path]:
@@ -54,7 +56,7 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _load_file(path: Path, targets: dict[str, Tensor], seen: set[str]) -> None:
+def _load_file(path: Path, targets: dict[str, Tensor], seen: set[str], absent: dict[str, Tensor]) -> None:
     if not path.exists():
         raise ConfigError(f"checkpoint file {path} is missing")
     try:
@@ -76,7 +78,10 @@ def _load_file(path: Path, targets: dict[str, Tensor], seen: set[str]) -> None:
                     raise ConfigError(
                         f"checkpoint file {path}: tensor {name} has shape {stored.get_shape()}, expected {list(target.shape)}"
                     )
-                target.copy_(file.get_tensor(name))
+                if target.is_meta:
+                    absent[name] = file.get_tensor(name)
+                else:
+                    target.copy_(file.get_tensor(name))
                 seen.add(name)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"checkpoint file {path} is truncated or not safetensors: {error}") from None

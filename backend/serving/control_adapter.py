@@ -174,7 +174,11 @@ class ControlPlane:
         settings = lease.in_force(now)
         available = [_available(section) for section in sections.values()]
         ways = set.intersection(*(set(one.ways) for one in available)) if available else set()
-        everywhere = Available(tuple(sorted(ways)), all(one.similarity for one in available) and bool(available))
+        everywhere = Available(
+            tuple(sorted(ways)),
+            all(one.similarity for one in available) and bool(available),
+            any(one.missing_experts for one in available),
+        )
         return {
             "time_s": now,
             "settings": {
@@ -205,7 +209,7 @@ class ControlPlane:
 def _available(section: np.void) -> Available:
     bits = int(section["ways"])
     ways = [way for way in range(2, 64) if bits >> way & 1] + ([64] if bits & 1 else [])
-    return Available(tuple(ways), bool(section["similarity"]))
+    return Available(tuple(ways), bool(section["similarity"]), bool(section["missing_experts"]))
 
 
 def _values(settings: Settings) -> dict[str, object]:
@@ -223,7 +227,7 @@ def _engine(index: int, section: np.void) -> dict[str, object]:
     num_layers, num_steps = int(section["num_layers"]), int(section["num_steps"])
     for name in section.dtype.names:
         value = section[name]
-        if name in ("ways", "similarity"):
+        if name in ("ways", "similarity", "missing_experts"):
             continue
         if name == "active_slots":
             entry[name] = value[:num_layers].tolist()

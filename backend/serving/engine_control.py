@@ -19,10 +19,15 @@ from backend.errors import ConfigError
 log = logging.getLogger(__name__)
 
 #: Telemetry is written this often at most, so that very short steps do not pay for it each time.
-_WRITE_PERIOD_S = 0.02
+WRITE_PERIOD_S = 0.02
 #: Slot usage reads the device.
 _USAGE_PERIOD_S = 0.5
 _SHED_PERIOD_S = 0.01
+#: Share of the limit that is kept for what the step model does not know: noise, and the way from and to Triton. It finds its
+#: own size: first tokens that come late raise it, others lower it, so that this share of those served is late.
+_MARGIN = (0.15, 0.5)
+_MARGIN_GAIN = 0.02
+_LATE_SHARE = 0.02
 
 
 class EngineControl:
@@ -39,12 +44,13 @@ class EngineControl:
         row["pid"], row["generation"] = os.getpid(), generation
         available = engine.available
         row["ways"] = sum(1 << (way % 64) for way in available.ways)
-        row["similarity"] = available.similarity
+        row["similarity"], row["missing_experts"] = available.similarity, available.missing_experts
         # Views of the record's arrays: writing through them is cheaper than by name each step.
         self._steps, self._prefill, self._decode = row["steps"], row["prefill_step_counts"], row["decode_step_counts"]
         self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
         self._num_steps = self._num_prefill = self._num_decode = 0
         self._max_gap_s = 0.0
+        self._margin = _MARGIN[0]
         self._model = StepModel()
         self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
 
@@ -93,12 +99,16 @@ class EngineControl:
         if limit_s is None or not self._model.ready or now < self._next_shed_s:
             return []
         self._next_shed_s = now + _SHED_PERIOD_S
-        return self._engine.shed(self._model, limit_s, self._settings.floor)
+        return self._engine.shed(self._model, limit_s, self._settings.floor, self._margin)
 
     def served(self, ttft_s: Iterable[float], gaps: Iterable[tuple[float, int]]) -> None:
         """Latencies of responses handed to Triton: first ones, and gaps with the tokens that came with each."""
+        limit_s = self._engine.config.shed_ttft_s
         for seconds in ttft_s:
             self._ttft[bucket_of(seconds)] += 1
+            if limit_s is not None:
+                margin = self._margin + _MARGIN_GAIN * ((seconds > limit_s) - _LATE_SHARE)
+                self._margin = min(max(margin, _MARGIN[0]), _MARGIN[1])
         for gap_s, tokens in gaps:
             self._itl[bucket_of(gap_s / tokens)] += tokens
             self._max_gap_s = max(self._max_gap_s, gap_s)
@@ -108,7 +118,12 @@ class EngineControl:
         now = time.monotonic()
         if now < self._next_write_s:
             return
-        self._next_write_s = now + _WRITE_PERIOD_S
+        self._next_write_s = now + WRITE_PERIOD_S
+        self.write()
+
+    def write(self) -> None:
+        """Write the section now."""
+        now = time.monotonic()
         engine, row = self._engine, self._record[0]
         load, counters, settings = engine.load(), engine.counters, engine.settings
         row["time_s"] = now
@@ -125,6 +140,11 @@ class EngineControl:
         row["kv_usage_ratio"] = load.kv_usage_ratio
         row["max_batch_tokens"], row["max_running"] = load.max_batch_tokens, load.max_running
         row["max_gap_s"] = self._max_gap_s
+        experts = engine.expert_telemetry()
+        row["resident_share"] = experts.resident_share
+        row["expert_misses"], row["expert_stalls"] = experts.misses, experts.stalls
+        row["expert_stall_s"], row["expert_bytes_moved"] = experts.stall_s, experts.bytes_moved
+        row["expert_prefetches"], row["expert_prefetch_hits"] = experts.prefetches, experts.prefetch_hits
         if now >= self._next_usage_s and engine.has_work:
             self._next_usage_s = now + _USAGE_PERIOD_S
             stats = engine.stats()

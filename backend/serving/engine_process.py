@@ -221,7 +221,7 @@ class EngineServer:
         client.socket.send(encode(Outputs(tokens, ended, self._engine.settings.version)))
 
     def _send_stats(self) -> None:
-        stats = self._engine.stats()
+        stats, experts = self._engine.stats(), self._engine.expert_telemetry()
         for client in self._clients.values():
             running = len(client.started)
             message = Stats(
@@ -235,6 +235,11 @@ class EngineServer:
                 threshold_decode=self._engine.settings.threshold_decode,
                 active_slots=stats.active_slots,
                 united_share=stats.united_share,
+                resident_share=experts.resident_share,
+                expert_misses=experts.misses,
+                expert_stalls=experts.stalls,
+                expert_prefetch_hits=experts.prefetch_hits,
+                expert_bytes_moved=experts.bytes_moved,
             )
             client.socket.send(encode(message))
 

@@ -144,6 +144,19 @@ class Metrics:
             "united": family(
                 "moe_united_assignment_ratio", "Assignments that united experts served / all, last step", kinds.GAUGE
             ),
+            "resident": family(
+                "moe_resident_expert_ratio", "Experts whose weights are on the device / all", kinds.GAUGE
+            ),
+            "misses": family(
+                "moe_expert_misses_total",
+                "Assignments served by others because their expert was missing",
+                kinds.COUNTER,
+            ),
+            "stalls": family("moe_expert_stalls_total", "MoE layers of steps that waited for weights", kinds.COUNTER),
+            "prefetch_hits": family(
+                "moe_expert_prefetch_hits_total", "Experts fetched ahead that were then used", kinds.COUNTER
+            ),
+            "moved": family("moe_expert_moved_bytes_total", "Bytes of weights copied into slots", kinds.COUNTER),
             "threshold": family("moe_brownout_threshold", "Brownout threshold in force", kinds.GAUGE),
         }
         self._metrics: dict[tuple[str, str], object] = {}
@@ -201,6 +214,11 @@ class Metrics:
             self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
             self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
             self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
+            self._metric("resident").set(sum(s.resident_share for s in stats) / len(stats))
+            self._raise_to("misses", sum(s.expert_misses for s in stats))
+            self._raise_to("stalls", sum(s.expert_stalls for s in stats))
+            self._raise_to("prefetch_hits", sum(s.expert_prefetch_hits for s in stats))
+            self._raise_to("moved", sum(s.expert_bytes_moved for s in stats))
             self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
             self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
 

@@ -97,6 +97,11 @@ class Stats(msgspec.Struct, tag=True):
     threshold_decode: float
     active_slots: float
     united_share: float
+    resident_share: float = 1.0
+    expert_misses: int = 0
+    expert_stalls: int = 0
+    expert_prefetch_hits: int = 0
+    expert_bytes_moved: int = 0
 
 
 ToEngine = Hello | Bye | Submit | Abort | Served

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from backend.config import DEMO, DEMO_CHECKPOINT
 from backend.engine.detokenizer import TokenPieces, byte_alphabet
 from backend.errors import ConfigError, InvalidRequestError
 
@@ -71,7 +72,7 @@ class Tokenizer:
 
 
 def load_tokenizer(checkpoint: str, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, or one made on the spot for `dummy:SHAPE`.
+    """The tokenizer of a checkpoint folder, of `demo`, or one made on the spot for `dummy:SHAPE`.
 
     Args:
         checkpoint: as in EngineConfig.
@@ -85,7 +86,7 @@ def load_tokenizer(checkpoint: str, vocab_size: int | None) -> Tokenizer:
             raise ConfigError(f"the tokenizer of {checkpoint} needs the model's vocabulary size")
         backend = _synthetic_backend(vocab_size)
         return Tokenizer(backend, [backend.token_to_id(EOS_TOKEN)])
-    folder = Path(checkpoint)
+    folder = DEMO_CHECKPOINT if checkpoint == DEMO else Path(checkpoint)
     if not folder.is_dir():
         raise ConfigError(
             f"parameter checkpoint: there is no folder {checkpoint}; give a Hugging Face checkpoint folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from backend.brownout.step_model import DECODE_UNIT, PREFILL_UNIT, Array, StepMo
 from controller.laws.base import Decision, Law, Limits
 from controller.reading import EngineReading, Reading
 
+#: The knobs of the configuration, where nobody sets them.
+MARGIN, HYSTERESIS, BRIGHTEN_PER_S = 0.2, 0.1, 0.5
 #: Thresholds per axis of the grid that is searched.
 _GRID = 21
 #: Steps that stand for the present mix of prefill and decode.
@@ -18,6 +21,10 @@ _RECENT_STEPS = 64
 #: A prediction may be corrected by what was served up to this factor.
 _MAX_TRIM = 3.0
 _TRIM_FADES_S = 5.0
+#: P90 of the rest of one step and all of the next, in P90s of a step: rarely are both that long.
+_STEPS_WITHOUT_QUEUE = 1.7
+#: Euler steps over the horizon.
+_HORIZON_PARTS = 6
 #: Brightness that moving a threshold by 1 must be worth: keeps the pair from wandering between equals.
 _STAY = 0.1
 
@@ -25,8 +32,10 @@ _STAY = 0.1
 class Predictive(Law):
     """Per reading, over a grid of threshold pairs (all engines must hold):
 
-    - TTFT of the queue's head (its age and a step) and tail (the whole queue's drain time, see `queue_model`);
-    - inter-token latency: the P90 of recent steps, each repriced at the candidate thresholds.
+    - inter-token latency: the P90 of recent steps, each repriced at the candidate thresholds, times the growth of a step
+      over the next `horizon_s` if arrivals go on as they are (more sequences run at once);
+    - TTFT of the queue's head (its age and a step) and tail (the whole queue's drain time, see `queue_model`), and of a
+      request that finds no queue: it waits for the end of the running step, then for its own.
 
     Of the pairs that keep both within (1 - margin) of the SLO the brightest is the target: the one with the highest mean
     threshold over the tokens of prompts and answers that arrive. Dimming goes there at once;
@@ -39,10 +48,11 @@ class Predictive(Law):
         self,
         limits: Limits,
         *,
-        margin: float = 0.05,
-        hysteresis: float = 0.05,
-        brighten_per_s: float = 0.5,
+        margin: float = MARGIN,
+        hysteresis: float = HYSTERESIS,
+        brighten_per_s: float = BRIGHTEN_PER_S,
         arrivals_time_s: float = 3.0,
+        horizon_s: float = 3.0,
         model: StepModel | None = None,
     ) -> None:
         super().__init__(limits)
@@ -51,6 +61,7 @@ class Predictive(Law):
         self._hysteresis = hysteresis
         self._brighten_per_s = brighten_per_s
         self._arrivals_time_s = arrivals_time_s
+        self._horizon_s = horizon_s
         self._ttft = _Trim(limits.ttft_slo_s, self.window_s)
         self._itl = _Trim(limits.itl_slo_s, self.window_s)
         self._arrivals: dict[int, tuple[float, float]] = {}
@@ -79,8 +90,10 @@ class Predictive(Law):
         """TTFT and inter-token latency in seconds [N] of the worst engine at thresholds [N] each, trims included."""
         ttft, itl = np.zeros_like(theta_prefill), np.zeros_like(theta_prefill)
         for index, engine in enumerate(reading.engines):
+            growth = self._growth(engine, theta_prefill, theta_decode)
+            itl = np.maximum(itl, growth * self._itl_s(index, theta_prefill, theta_decode))
             ttft = np.maximum(ttft, self._ttft_s(engine.load, theta_prefill, theta_decode))
-            itl = np.maximum(itl, self._itl_s(index, theta_prefill, theta_decode))
+            ttft = np.maximum(ttft, _STEPS_WITHOUT_QUEUE * growth * self._step_s(index, theta_prefill, theta_decode))
         return ttft * self._ttft.factor, itl * self._itl.factor
 
     def _choose(self, reading: Reading, dt_s: float) -> Decision:
@@ -147,26 +160,57 @@ class Predictive(Law):
         self._recent[index] = recent[-_RECENT_STEPS:]
 
     def _ttft_s(self, load: EngineLoad, theta_prefill: Array, theta_decode: Array) -> Array:
-        if load.waiting == 0:
+        if load.waiting_tokens == 0:
             return np.zeros_like(theta_prefill)
-        each = load.waiting_tokens / load.waiting
-        head = load.oldest_waiting_s + first_token_s(self.model, load, each, 0, theta_prefill, theta_decode)
+        # Prompts that are being computed are waited for, too, though they are no longer in the queue.
+        each = load.waiting_tokens / max(load.waiting, 1)
+        head = np.zeros_like(theta_prefill)
+        if load.waiting:
+            head = load.oldest_waiting_s + first_token_s(self.model, load, each, 0, theta_prefill, theta_decode)
         tail = first_token_s(self.model, load, load.waiting_tokens, load.waiting - 1, theta_prefill, theta_decode)
         return np.maximum(head, tail)
 
     def _itl_s(self, index: int, theta_prefill: Array, theta_decode: Array) -> Array:
         """P90 over the tokens of recent steps."""
         steps = [step for step in self._recent.get(index, ()) if step.decode_tokens > 0]
-        if not steps:
-            return np.zeros_like(theta_prefill)
-        prefill = np.array([step.prefill_tokens for step in steps])[:, None]
-        decode = np.array([step.decode_tokens for step in steps])
-        seconds = self.model.predict_s(prefill, decode[:, None], theta_prefill, theta_decode)
-        order = np.argsort(seconds, axis=0)
-        below = np.cumsum(decode[order], axis=0)
-        row = np.argmax(below >= 0.9 * below[-1], axis=0)
-        columns = np.arange(len(theta_prefill))
-        return seconds[order[row, columns], columns]
+        seconds = self._repriced(steps, theta_prefill, theta_decode)
+        return _p90(seconds, np.array([step.decode_tokens for step in steps])[:, None] + np.zeros_like(seconds))
+
+    def _step_s(self, index: int, theta_prefill: Array, theta_decode: Array) -> Array:
+        """P90 of recent steps as an arrival meets them: a step that takes twice as long meets twice as many."""
+        seconds = self._repriced(self._recent.get(index, ()), theta_prefill, theta_decode)
+        return _p90(seconds, seconds)
+
+    def _repriced(self, steps: Sequence[StepSample], theta_prefill: Array, theta_decode: Array) -> Array:
+        """[steps, N] seconds that these steps would take."""
+        tokens = np.array([(step.prefill_tokens, step.decode_tokens) for step in steps], np.float64).reshape(-1, 2, 1)
+        return self.model.predict_s(tokens[:, 0], tokens[:, 1], theta_prefill, theta_decode)
+
+    def _growth(self, engine: EngineReading, theta_prefill: Array, theta_decode: Array) -> Array:
+        """How many times as long a step takes after `horizon_s` of the present arrivals: [N], at least 1.
+
+        Sequences come at the rate of arrivals and end after `mean_output_tokens` steps; a step of t seconds computes the
+        prompt tokens that arrive in t seconds beside one token of each sequence.
+        """
+        load, output = engine.load, engine.load.mean_output_tokens
+        if output <= 0 or engine.requests_per_s <= 0:
+            return np.ones_like(theta_prefill)
+        w = self.model.weights
+        mixed = _mean_threshold(engine.prompt_tokens_per_s, engine.requests_per_s * output, theta_prefill, theta_decode)
+        fixed = w["step"] + w["step_theta"] * mixed
+        token = (w["decode"] + w["decode_theta"] * theta_decode) / DECODE_UNIT
+        prompts = engine.prompt_tokens_per_s * (w["prefill"] + w["prefill_theta"] * theta_prefill) / PREFILL_UNIT
+        free = np.maximum(1 - prompts, 0.05)
+        running = np.full_like(theta_prefill, load.running + load.waiting)
+        first = last = np.maximum((fixed + running * token) / free, 1e-6)
+        for _ in range(_HORIZON_PARTS):
+            ended = np.minimum(running, load.slots) / (output * last)
+            running = np.maximum(running + (engine.requests_per_s - ended) * self._horizon_s / _HORIZON_PARTS, 0.0)
+            decodes = np.minimum(running, min(load.slots, load.max_batch_tokens))
+            # What the token budget of a step does not hold waits in the queue and makes no step longer.
+            full = self.model.predict_s(load.max_batch_tokens - decodes, decodes, theta_prefill, theta_decode)
+            last = np.maximum(np.minimum((fixed + decodes * token) / free, full), 1e-6)
+        return np.maximum(last / first, 1.0)
 
     def _sustained(self, reading: Reading, theta_prefill: Array, theta_decode: Array) -> Array:
         """How much of the objectives and of the engines' room the present arrivals would take if they went on: [N], 1 is all.
@@ -183,7 +227,7 @@ class Predictive(Law):
             output = requests * engine.load.mean_output_tokens
             if output <= 0:
                 continue
-            mixed = (prompt * theta_prefill + output * theta_decode) / (prompt + output)
+            mixed = _mean_threshold(prompt, output, theta_prefill, theta_decode)
             busy = prompt * prefill_s + output * decode_s
             seconds = (w["step"] + w["step_theta"] * mixed) / np.maximum(1 - busy, 1e-9)
             load = engine.load
@@ -201,6 +245,22 @@ def _grid(limits: Limits) -> tuple[Array, Array]:
     # Among pairs of equal brightness the evenest comes first, and is chosen.
     order = np.lexsort((np.abs(pairs[:, 0] - pairs[:, 1]), -pairs.sum(1).round(9)))
     return pairs[order, 0], pairs[order, 1]
+
+
+def _mean_threshold(prompt: float, output: float, theta_prefill: Array, theta_decode: Array) -> Array:
+    """Over the tokens of prompts and of answers."""
+    return (prompt * theta_prefill + output * theta_decode) / (prompt + output)
+
+
+def _p90(values: Array, weights: Array) -> Array:
+    """[N] weighted 90th percentiles of the columns of values [M, N]; zeros for M = 0."""
+    if not len(values):
+        return np.zeros(values.shape[1])
+    order = np.argsort(values, axis=0)
+    below = np.cumsum(np.take_along_axis(weights, order, axis=0), axis=0)
+    row = np.argmax(below >= 0.9 * below[-1], axis=0)
+    columns = np.arange(values.shape[1])
+    return values[order[row, columns], columns]
 
 
 class _Trim:

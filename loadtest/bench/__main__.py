@@ -8,13 +8,15 @@ import sys
 from rich.console import Console
 
 from backend.errors import ConfigError
-from loadtest.bench import engine, everything, kernels, scheduler, server, tune
+from loadtest.bench import control, engine, everything, kernels, resident, scheduler, server, tune
 
 COMMANDS = {
     "kernels": kernels,
     "scheduler": scheduler,
     "engine": engine,
+    "resident": resident,
     "server": server,
+    "control": control,
     "tune": tune,
     "all": everything,
 }

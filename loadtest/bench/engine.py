@@ -12,14 +12,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from backend.brownout.calibration_text import read_calibration, require_tokens
+from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.settings import MECHANISMS, Settings
 from backend.config import EngineConfig
 from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
+from backend.serving.tokenizer import load_tokenizer
 from loadtest.bench import kernel_times, options
 from loadtest.bench.budget import Budget
-from loadtest.bench.memory import Growth, Memory, peak_bytes
+from loadtest.bench.memory import Growth, Memory, mib, peak_bytes
 from loadtest.bench.our_engine import AtSettings, OurEngine
 from loadtest.bench.parts import StepTimes
 from loadtest.bench.peer_process import PeerProcess, PeerSpec, peer_spec
@@ -37,6 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_workload(parser)
     options.add_place(parser)
+    parser.add_argument(
+        "--text", action="append", type=Path, default=[], metavar="FILE", help="prompts from this text (.txt, .jsonl, or "
+        "token ids .npy) instead of random tokens: experts are then chosen as in service; may be given again"
+    )  # fmt: skip
     parser.add_argument("--routing", default="uniform", help="expert skew of a shape: uniform or zipf:S")
     parser.add_argument("--threshold-prefill", type=float, default=1.0, help="share of assignments kept (default 1)")
     parser.add_argument("--threshold-decode", type=float, default=1.0, help="share of assignments kept (default 1)")
@@ -44,6 +51,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--way", type=int, default=0, help="experts per united expert (default: the most there are; 8 for a shape)"
     )
+    parser.add_argument(
+        "--beside", action="extend", nargs="+", default=[], metavar="POINTS", help=f"further points, in turn: {SYNTAX}"
+    )
+    parser.add_argument(
+        "--widen", type=options.positive, default=1, metavar="R", help="make each routed and united expert R times as wide "
+        "without changing what it computes, so that experts weigh as in a larger model (default 1)"
+    )  # fmt: skip
     add_peer(parser)
     parser.add_argument("--profile", action="store_true", help="say where the time of a step goes")
     parser.add_argument("--steps", type=options.positive, help="watch resident memory over this many further steps")
@@ -58,8 +72,9 @@ def add_peer(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=peer_spec,
         default=[],
-        metavar="transformers | vllm=PYTHON",
-        help="measure this engine in turn; PYTHON is the interpreter of an environment that has it",
+        metavar="transformers | vllm[:BINDING]=PYTHON",
+        help="measure this engine in turn; PYTHON is the interpreter of an environment that has it, BINDING the processors "
+        "of its threads (vllm: auto, nobind or as in 0-1; default auto)",
     )
 
 
@@ -70,17 +85,23 @@ def main(args: argparse.Namespace, console: Console) -> int:
         mechanism=args.mechanism,
         way=args.way,
     )
+    if args.peer and args.widen > 1:
+        raise ConfigError("peers load the checkpoint as it is: measure them without --widen")
+    points = {describe(point): point for point in parse_points(args.beside)}
     checkpoint = options.checkpoint_of(args)
     with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
         result = run(
             checkpoint=checkpoint,
             work=options.workload_of(args),
+            text=args.text,
             settings=settings,
             device=args.device,
             dtype=args.dtype,
             routing=args.routing,
             runs=args.runs,
             peers=args.peer,
+            points=points,
+            widen=args.widen,
             profile=args.profile,
             steps=args.steps,
             budget=Budget(args.budget),
@@ -100,6 +121,7 @@ def run(
     *,
     checkpoint: str,
     work: Workload,
+    text: Sequence[Path] = (),
     settings: Settings,
     device: str,
     dtype: str,
@@ -107,6 +129,7 @@ def run(
     runs: int,
     peers: Sequence[PeerSpec] = (),
     points: Mapping[str, Settings] | None = None,
+    widen: int = 1,
     profile: bool = False,
     kernel_profile: bool = False,
     steps: int | None = None,
@@ -139,13 +162,16 @@ def run(
             dtype=dtype,
             united=united,
             similarity=similarity,
+            widen_experts=widen,
             max_model_len=work.prompt_tokens + work.new_tokens,
             # On a GPU each further size of a batch takes time to capture.
             max_running=max(64 if on_gpu else 256, work.requests),
             max_waiting=max(1024, work.requests),
         )
         ours = OurEngine(config)
-        prompts = work.prompts(ours.engine.vocab_size)
+        prompts = (
+            _prompts_of(text, work, loaded, ours.engine.vocab_size) if text else work.prompts(ours.engine.vocab_size)
+        )
         base = AtSettings(ours, settings)
         result: dict = {
             "settings": {
@@ -154,9 +180,11 @@ def run(
                 "checkpoint": checkpoint,
                 "routing": routing,
                 "dtype": dtype,
+                "widen_experts": widen,
             }
             | {"device": str(ours.device)},
             "workload": work,
+            "text": [path.name for path in text],
             "machine": machine(),
         }
         rounds = _Rounds(work, prompts)
@@ -199,6 +227,16 @@ def run(
             result["memory_growth"] = ours.growth(work, steps)
             write(result)
     return result
+
+
+def _prompts_of(text: Sequence[Path], work: Workload, checkpoint: str, vocab_size: int) -> list[list[int]]:
+    """Stretches of the texts, drawn evenly from them, short texts end to end; raises ConfigError if they do not suffice."""
+    tokenizer = load_tokenizer(checkpoint, vocab_size) if any(path.suffix != ".npy" for path in text) else None
+    length, needed = work.prompt_tokens, work.requests * work.prompt_tokens
+    windows = read_calibration(text, tokenizer, vocab_size, needed, length, work.seed)
+    require_tokens(windows, needed, f"a benchmark of {work.requests} prompts of {length} tokens")
+    ids = [token for window in windows for token in window]
+    return [ids[start : start + length] for start in range(0, needed, length)]
 
 
 def _for_dummy(checkpoint: str, points: list[Settings]) -> tuple[str, str]:
@@ -329,15 +367,12 @@ def show(result: dict, checkpoint: str, console: Console) -> None:
                 console.print(f"{name}: {other['tokens_equal']:.0%} of the sequences have the same tokens")
     memory: Memory | None = result.get("memory")
     if memory is not None:
-        console.print(
-            f"Peak memory {_mib(memory.peak_bytes)}, {_mib(memory.before_bytes)} of it interpreter and libraries; weights "
-            f"{_mib(memory.weight_bytes)} and KV pool {_mib(memory.kv_pool_bytes)}: {memory.ratio:.2f} of them"
-        )
+        console.print(str(memory), highlight=False)
     growth: Growth | None = result.get("memory_growth")
     if growth is not None:
         console.print(
             f"Resident memory grew by {growth.growth_bytes / 2**20:+.1f} MiB from step {growth.warm_up_steps} "
-            f"({_mib(growth.rss_after_warm_up_bytes)}) to step {growth.steps}"
+            f"({mib(growth.rss_after_warm_up_bytes)}) to step {growth.steps}"
         )
     if "profile" in result:
         console.print(profile_table(result["profile"]))
@@ -345,10 +380,6 @@ def show(result: dict, checkpoint: str, console: Console) -> None:
         console.print(f"kernels of a decode step: {result['decode_kernels_error']}", style="red", markup=False)
     if result.get("decode_kernels"):
         console.print(kernel_times.table(result["decode_kernels"]))
-
-
-def _mib(number: int) -> str:
-    return f"{number / 2**20:.0f} MiB"
 
 
 def rates_table(result: dict, checkpoint: str) -> Table:

@@ -133,10 +133,10 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
         chunk = min(n, 128)
         yield Case("prefill_attention", f"{n // chunk} × {chunk} tokens", make.prefill(n // chunk, chunk))
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    wide = config.shared_expert_size or config.expert_size
+    for n in rows:
+        yield Case("gated_mlp", f"{wide} wide, {n} rows", make.mlp(n, wide), streams=True)
     matrices = {"qkv": (hidden, q + 2 * kv), "out": (q, hidden), "lm head": (hidden, config.vocab_size)}
-    if config.shared_expert_size:
-        matrices["shared gate+up"] = (hidden, 2 * config.shared_expert_size)
-        matrices["shared down"] = (config.shared_expert_size, hidden)
     for name, (size_in, size_out) in matrices.items():
         for n in sizes.decode_rows if name == "lm head" else rows:
             yield Case("linear", f"{name}, {n} rows", make.linear(n, size_in, size_out), streams=True)
@@ -264,6 +264,10 @@ class _Maker:
 
     def linear(self, rows: int, size_in: int, size_out: int) -> Callable[[torch.Generator], Arguments]:
         return lambda g: (self._normal(g, rows, size_in), self._weight(g, size_out, size_in))
+
+    def mlp(self, rows: int, size: int) -> Callable[[torch.Generator], Arguments]:
+        m = self.config.hidden_size
+        return lambda g: (self._normal(g, rows, m), self._weight(g, 2 * size, m), self._weight(g, m, size))
 
     def norm(self, rows: int) -> Callable[[torch.Generator], Arguments]:
         m, eps = self.config.hidden_size, self.config.rms_norm_eps

@@ -67,6 +67,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
     return Cost(weight.nbytes + x.nbytes + out_bytes + bias_bytes, 2 * x.shape[0] * weight.numel())
 
 
+def gated_mlp(x: Tensor, w13: Tensor, w2: Tensor) -> Cost:
+    """The weights, the rows in and out, three products per row."""
+    weights = w13.numel() + w2.numel()
+    return Cost(w13.nbytes + w2.nbytes + 2 * x.nbytes, 2 * x.shape[0] * weights)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Cost:
     del eps
     return Cost(2 * x.nbytes + weight.nbytes, 4 * x.numel())

@@ -12,31 +12,51 @@ import torch
 
 
 class Memory(msgspec.Struct, kw_only=True):
-    """Peak memory of the engine beside what it must hold.
+    """Peak memory of the engine and what it is made of.
 
-    On a GPU the peak is of the device and nothing was there before; on a CPU it is the resident peak of the process, which
-    had `before_bytes` (interpreter and libraries) when the engine was made.
+    On a GPU the peak is of the device and nothing was there before; on a CPU it is the resident peak of the process.
     """
 
     peak_bytes: int
+    #: Before the model was loaded: interpreter, libraries and the machine code of the kernels.
     before_bytes: int
+    #: The checkpoint's weights, and those of united experts.
     weight_bytes: int
+    united_bytes: int
     kv_pool_bytes: int
-    #: (peak - before) / (weights + KV pool).
+    #: The rest at the peak: intermediate results of a step, the matrix library's code and buffers, what the allocator keeps.
+    other_bytes: int
+    #: (peak - before) / (weights + united experts + KV pool).
     ratio: float
-    #: peak / (weights + KV pool).
+    #: peak / (weights + united experts + KV pool).
     ratio_with_libraries: float
 
     @classmethod
-    def of(cls, peak: int, before: int, weights: int, kv_pool: int) -> Memory:
-        held = weights + kv_pool
+    def of(cls, *, peak: int, before: int, weights: int, united: int, kv_pool: int) -> Memory:
+        held = weights + united + kv_pool
         return cls(
             peak_bytes=peak,
             before_bytes=before,
             weight_bytes=weights,
+            united_bytes=united,
             kv_pool_bytes=kv_pool,
+            other_bytes=peak - before - held,
             ratio=(peak - before) / held,
             ratio_with_libraries=peak / held,
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            ("before the model", self.before_bytes),
+            ("weights", self.weight_bytes),
+            ("united experts", self.united_bytes),
+            ("KV pool", self.kv_pool_bytes),
+            ("the rest", self.other_bytes),
+        ]
+        listed = ", ".join(f"{name} {mib(size)}" for name, size in parts)
+        return (
+            f"Peak memory {mib(self.peak_bytes)}: {listed}. Of weights and KV pool: {self.ratio:.2f}, "
+            f"with what was there before the model {self.ratio_with_libraries:.2f}"
         )
 
 
@@ -48,6 +68,10 @@ class Growth(msgspec.Struct, kw_only=True):
     rss_after_warm_up_bytes: int
     rss_end_bytes: int
     growth_bytes: int
+
+
+def mib(number: int) -> str:
+    return f"{number / 2**20:.0f} MiB"
 
 
 def rss_bytes() -> int:

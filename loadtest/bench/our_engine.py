@@ -14,6 +14,7 @@ from backend.engine.request import Request, RequestEnded, TokenOutput
 from backend.engine.sampling_params import SamplingParams
 from backend.kernels import kernels_for
 from backend.models.attention import KVCache
+from backend.models.registry import weight_type
 from loadtest.bench import kernel_times
 from loadtest.bench.kernel_times import KernelTime
 from loadtest.bench.memory import Growth, Memory, peak_bytes, reset_peak, rss_bytes
@@ -26,7 +27,7 @@ class OurEngine:
     """An engine in this process, with what can be asked of it beside its speed."""
 
     def __init__(self, config: EngineConfig) -> None:
-        kernels_for(resolve_device(config.devices[0]))  # imports a compiler, which is no memory of the engine's
+        _load_kernels(config)
         before = rss_bytes()
         reset_peak()
         self.engine = Engine(config)
@@ -58,7 +59,11 @@ class OurEngine:
         runner = self.engine.runner
         pool = sum(tensor.nbytes for tensor in (*runner.kv_cache.k, *runner.kv_cache.v))
         return Memory.of(
-            peak_bytes(self.device), self._before_bytes, runner.model.weight_bytes() + runner.model.united_bytes(), pool
+            peak=peak_bytes(self.device),
+            before=self._before_bytes,
+            weights=runner.model.weight_bytes(),
+            united=runner.model.united_bytes(),
+            kv_pool=pool,
         )
 
     def profile(self, prompts: list[list[int]], new_tokens: int) -> dict[str, StepTimes]:
@@ -138,6 +143,16 @@ class OurEngine:
         params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         for number, prompt in enumerate(prompts, start=first):
             self.engine.add(Request(number, prompt, params))
+
+
+def _load_kernels(config: EngineConfig) -> None:
+    """The kernels' machine code, and on a CPU the compiler that comes with it: no memory of the engine's own."""
+    device = resolve_device(config.devices[0])
+    kernels_for(device)
+    if device.type == "cpu":
+        from backend.kernels.cpu.warm_up import warm_up
+
+        warm_up(weight_type(config.checkpoint, config.dtype, device))
 
 
 class AtSettings:

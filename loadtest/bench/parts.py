@@ -34,6 +34,7 @@ KERNEL_PARTS = {
     "apply_rope": "norms, rope, KV store",
     "store_kv": "norms, rope, KV store",
     "rotate_and_store": "norms, rope, KV store",
+    "gated_mlp": "dense MLP",
 }
 SHARED_EXPERT, LM_HEAD, DENSE = "shared expert", "lm head", "dense MLP"
 SCHEDULING, BATCH, BOOKING, SAMPLING = "scheduling", "batch building", "booking", "sampling"

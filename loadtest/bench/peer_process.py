@@ -32,21 +32,29 @@ class PeerError(RuntimeError):
 class PeerSpec(NamedTuple):
     """A peer as named on the command line; `python` None is the one in this process."""
 
-    name: str
+    engine: str
     python: str | None = None
+    #: Processors that its threads are bound to, as the engine writes them; empty: the driver's choice.
+    binding: str = ""
+
+    @property
+    def name(self) -> str:
+        """Unlike for different bindings of an engine."""
+        return f"{self.engine}:{self.binding}" if self.binding else self.engine
 
 
 def peer_spec(text: str) -> PeerSpec:
-    """`transformers`, or NAME=PYTHON with the interpreter of an environment that has this engine, for argparse."""
+    """`transformers`, or NAME[:BINDING]=PYTHON with the interpreter of an environment that has this engine, for argparse."""
     name, given, python = text.partition("=")
+    engine, _, binding = name.partition(":")
     if text == "transformers":
-        return PeerSpec(name)
-    if not given or name not in DRIVERS:
-        names = ", ".join(f"{known}=PYTHON" for known in DRIVERS)
+        return PeerSpec(text)
+    if not given or engine not in DRIVERS:
+        names = ", ".join(f"{known}[:BINDING]=PYTHON" for known in DRIVERS)
         raise argparse.ArgumentTypeError(f"must be transformers or one of {names}, got {text!r}")
     if not os.access(python, os.X_OK) or Path(python).is_dir():
         raise argparse.ArgumentTypeError(f"{python!r} is not an interpreter that can be run")
-    return PeerSpec(name, python)
+    return PeerSpec(engine, python, binding)
 
 
 class PeerProcess:
@@ -65,7 +73,7 @@ class PeerProcess:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             env.pop(name, None)
         self._process = subprocess.Popen(
-            [str(spec.python), str(DRIVERS[spec.name])],
+            [str(spec.python), str(DRIVERS[spec.engine])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -82,6 +90,7 @@ class PeerProcess:
                 device=device,
                 max_model_len=max_model_len,
                 requests=requests,
+                binding=spec.binding,
             )
             self._signal("suspend")
         except BaseException:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import msgspec
@@ -15,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from backend.brownout.block import BLOCK_NAME, Block
 from backend.config import EngineConfig
 from backend.engine.detokenizer import Detokenizer
 from backend.engine.engine import Engine
@@ -23,6 +27,7 @@ from backend.engine.request import Request
 from backend.engine.sampler import sample
 from backend.engine.sampling_params import SamplingParams
 from backend.models.forward_batch import ForwardBatch
+from backend.serving.engine_control import WRITE_PERIOD_S, EngineControl
 from backend.serving.tokenizer import load_tokenizer
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
@@ -67,6 +72,23 @@ class HostCost(msgspec.Struct, kw_only=True):
         )
 
 
+class TelemetryCost(msgspec.Struct, kw_only=True):
+    """What the control block costs the engine, in microseconds."""
+
+    #: Each step: looking for new settings, counting the step into its bucket.
+    step_us: float
+    #: Each write of the engine's section, which has a period of its own.
+    write_us: float
+    #: Both, in a step of `STEP_MS`.
+    per_step_us: float
+    share_of_step: float
+
+    @classmethod
+    def of(cls, step_us: float, write_us: float) -> TelemetryCost:
+        per_step = step_us + write_us * min(1.0, STEP_MS / (WRITE_PERIOD_S * 1e3))
+        return cls(step_us=step_us, write_us=write_us, per_step_us=per_step, share_of_step=per_step / (STEP_MS * 1e3))
+
+
 class SchedulerReport(msgspec.Struct, kw_only=True):
     """`steady`: every running request decodes. `turnover`: each makes as many tokens as its prompt has, so that some end and
     waiting ones take their places. Sampling is of `vocab` logits a row."""
@@ -81,6 +103,7 @@ class SchedulerReport(msgspec.Struct, kw_only=True):
     #: Microseconds per step, by what the requests ask for.
     sampling_us: dict[str, float] = {}
     detokenizing_us: float | None = None
+    telemetry: TelemetryCost | None = None
     machine: dict[str, object]
     complete: bool = False
 
@@ -139,6 +162,10 @@ def measure(
     if budget.spent:
         return
     report.detokenizing_us = detokenizing_s(running) * 1e6
+    yield report
+    if budget.spent:
+        return
+    report.telemetry = telemetry_cost(running, waiting, prompt_tokens)
     report.complete = True
     yield report
 
@@ -147,17 +174,7 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
     """Steps of an engine whose model gives random logits at no cost."""
     measured = steps + _WARM_UP_STEPS
     new_tokens = prompt_tokens if turnover else measured + prompt_tokens
-    engine = Engine(
-        EngineConfig(
-            checkpoint="dummy:tiny",
-            device="cpu",
-            max_model_len=prompt_tokens + new_tokens,
-            kv_cache_blocks=running * (-(-(prompt_tokens + new_tokens) // 16) + 2),
-            max_running=running,
-            max_waiting=running + waiting,
-        )
-    )
-    prompts = np.random.default_rng(0).integers(0, engine.vocab_size, (running + waiting, prompt_tokens)).tolist()
+    engine = _engine(running, waiting, prompt_tokens, new_tokens)
     rng = random.Random(0)
     logits = torch.randn(2 * running, engine.vocab_size, generator=torch.Generator().manual_seed(0))
 
@@ -165,10 +182,9 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
         start = rng.randrange(running)
         return logits[start : start + len(batch.logit_rows)]
 
-    for number, prompt in enumerate(prompts):
-        # The first requests have different shares of their tokens left, as in the middle of a long run.
-        length = 1 + number * new_tokens // running if turnover and number < running else new_tokens
-        engine.add(Request(number, prompt, SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)))
+    # The first requests have different shares of their tokens left, as in the middle of a long run.
+    lengths = [1 + number * new_tokens // running for number in range(running)] if turnover else []
+    _fill(engine, running + waiting, prompt_tokens, lengths + [new_tokens] * (running + waiting - len(lengths)))
     times = PartTimes(engine)
     with patch.object(engine.runner.model, "forward", forward):
         while len(engine.scheduler.running) < running or any(not s.prompt_computed for s in engine.scheduler.running):
@@ -182,6 +198,47 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
     worst = times.summary(skip=_WARM_UP_STEPS, average=max)
     assert medians is not None and worst is not None
     return HostCost.of(medians, worst)
+
+
+def telemetry_cost(running: int, waiting: int, prompt_tokens: int) -> TelemetryCost:
+    """Of an engine with so many running and waiting requests."""
+    engine = _engine(running, waiting, prompt_tokens, prompt_tokens)
+    _fill(engine, running + waiting, prompt_tokens, [prompt_tokens] * (running + waiting))
+    while len(engine.scheduler.running) < running:
+        engine.step()
+    engine.counters.step_prefill_tokens, engine.counters.step_decode_tokens = 0, running
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        block = Block(Path(folder) / BLOCK_NAME, os.getpid())
+        control = EngineControl(engine, block, index=0, generation=1)
+
+        def step() -> None:
+            control.follow_settings()
+            control.stepped(STEP_MS / 1e3)
+
+        device = torch.device("cpu")
+        cost = TelemetryCost.of(median_s([step], device, runs=5) * 1e6, median_s([control.write], device, runs=5) * 1e6)
+        block.close()
+    return cost
+
+
+def _engine(running: int, waiting: int, prompt_tokens: int, new_tokens: int) -> Engine:
+    return Engine(
+        EngineConfig(
+            checkpoint="dummy:tiny",
+            device="cpu",
+            max_model_len=prompt_tokens + new_tokens,
+            kv_cache_blocks=running * (-(-(prompt_tokens + new_tokens) // 16) + 2),
+            max_running=running,
+            max_waiting=running + waiting,
+        )
+    )
+
+
+def _fill(engine: Engine, requests: int, prompt_tokens: int, lengths: list[int]) -> None:
+    """Queue requests with random prompts that make so many tokens each."""
+    prompts = np.random.default_rng(0).integers(0, engine.vocab_size, (requests, prompt_tokens)).tolist()
+    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        engine.add(Request(number, prompt, SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)))
 
 
 def sampling_s(rows: int, vocab: int, params: SamplingParams) -> float:
@@ -225,4 +282,9 @@ def table(report: SchedulerReport) -> Table:
         row(f"sampling, {name}, {report.vocab} logits", microseconds)
     if report.detokenizing_us is not None:
         row("detokenising", report.detokenizing_us)
+    if report.telemetry is not None:
+        made.add_section()
+        row("telemetry: settings and counts of a step", report.telemetry.step_us)
+        row("telemetry: a write of the block", report.telemetry.write_us)
+        row(f"telemetry: per step, a write every {WRITE_PERIOD_S * 1e3:.0f} ms", report.telemetry.per_step_us, "bold")
     return made

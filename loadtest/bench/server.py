@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import time
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -46,6 +48,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
             budget=Budget(args.budget),
         )
     console.print(table(result, checkpoint))
+    console.print(processor_table(result))
     if args.json:
         write_json(args.json, result)
         console.print(f"Wrote {args.json}.")
@@ -60,6 +63,45 @@ def table(result: dict, checkpoint: str) -> Table:
         f"{result['engine_tokens_per_s']:.0f}", f"{result['server_tokens_per_s']:.0f}", f"{result['ratio']:.2f}"
     )
     return made
+
+
+def processor_table(result: dict) -> Table:
+    """Who used the processors while the server was measured: all shares of all cores are 100 %."""
+    cores = os.cpu_count() or 1
+    made = Table(title=f"processor time through Triton, of {cores} cores, medians")
+    for name in result["processor_share"]:
+        made.add_column(name, justify="right")
+    made.add_row(*(f"{share / cores:.0%}" for share in result["processor_share"].values()))
+    return made
+
+
+#: Parts by what their command lines hold.
+_PARTS = {"engine_process": "engine", "triton_python_backend_stub": "stubs", "tritonserver": "Triton server"}
+
+
+class ProcessorTimes:
+    """Seconds of processor time by part: engine, stubs, server, client (this process)."""
+
+    def __init__(self) -> None:
+        self._started, self._before = time.perf_counter(), self._now()
+
+    def shares(self) -> dict[str, float]:
+        """Cores that each part kept busy on average since this was made."""
+        elapsed = time.perf_counter() - self._started
+        return {part: (seconds - self._before.get(part, 0.0)) / elapsed for part, seconds in self._now().items()}
+
+    def _now(self) -> dict[str, float]:
+        process = psutil.Process()
+        seconds = dict.fromkeys((*_PARTS.values(), "client"), 0.0)
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                command, times = " ".join(child.cmdline()), child.cpu_times()
+                part = next((part for name, part in _PARTS.items() if name in command), None)
+                if part is not None:
+                    seconds[part] += times.user + times.system
+        times = process.cpu_times()
+        seconds["client"] = times.user + times.system
+        return seconds
 
 
 async def stream_all(grpc: str, prompts: list[list[int]], new_tokens: int) -> float:
@@ -119,6 +161,7 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
     env = {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in parameters.items()}}
     tokens = work.requests * work.new_tokens
     pairs: list[dict[str, float]] = []
+    used: list[dict[str, float]] = []
     # The server first: where none can be started, that shows at once.
     with running_server(env=env, startup_timeout_s=_STARTUP_TIMEOUT_S) as server:
         ours = OurEngine(EngineConfig(**parameters))
@@ -130,7 +173,9 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
                 requests=work.requests, prompt_tokens=work.prompt_tokens, new_tokens=work.new_tokens, seed=number
             ).prompts(ours.engine.vocab_size)
             engine_s = ours.run(prompts, work.new_tokens).seconds
+            processors = ProcessorTimes()
             server_s = asyncio.run(stream_all(server.grpc, prompts, work.new_tokens))
+            shares = processors.shares()
             if number:
                 pairs.append(
                     {
@@ -139,5 +184,14 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
                         "ratio": engine_s / server_s,
                     }
                 )
+                used.append(shares)
     medians = {name: float(np.median([pair[name] for pair in pairs])) for name in pairs[0]}
-    return {**medians, "workload": work, "settings": parameters, "machine": machine(), "runs": pairs}
+    share = {part: float(np.median([shares[part] for shares in used])) for part in used[0]}
+    return {
+        **medians,
+        "processor_share": share,
+        "workload": work,
+        "settings": parameters,
+        "machine": machine(),
+        "runs": pairs,
+    }

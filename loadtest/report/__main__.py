@@ -27,10 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("results/report"), help="folder to write (default %(default)s)"
     )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help="brownout-profile.json of the served checkpoint: what dimming cost in quality (default: that in a run's folder)",
+    )
     parser.add_argument("--title", default="Serving through a burst", help="heading of the page")
     args = parser.parse_args(argv)
     try:
-        runs = [load_run(text) for text in args.runs]
+        runs = [load_run(text, args.profile) for text in args.runs]
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1

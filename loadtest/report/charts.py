@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loadtest.report.run_data import Line, RunData, common
+from loadtest.report.words import measure_name
 
 #: One colour and dash a run, distinct for colour-blind readers too. Keys are the page's CSS variables.
 RUN_COLOURS = {"run0": "#c4501b", "run1": "#1f6fc4", "run2": "#1a8a5a", "run3": "#8c4fc0", "run4": "#7a6a00"}
@@ -46,6 +47,9 @@ _STYLE = {
 _DASHES = ["-", "-", "--", "-.", ":"]
 #: Above this multiple of the promise an axis is logarithmic, or the promise would lie on the bottom.
 _LOG_ABOVE = 6.0
+
+#: The axis of the quality lost reaches at least so many percent: a small loss shall look small.
+_LEAST_LOSS_AXIS = 20.0
 
 
 class Chart:
@@ -86,6 +90,7 @@ class Chart:
 def make_charts(runs: Sequence[RunData]) -> list[Chart]:
     """All charts for which the runs have data, in the order of the page."""
     charts = [
+        _violations(runs),
         _over_time(
             "arrivals",
             "How many people asked",
@@ -113,7 +118,6 @@ def make_charts(runs: Sequence[RunData]) -> list[Chart]:
             lambda run, percent: run.between_tokens_s(percent),
             "itl_s",
         ),
-        _violations(runs),
     ]
     served = [run for run in runs if run.telemetry("threshold_decode")[0]]
     if served:
@@ -158,6 +162,7 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
             runs,
             dial,
         ),
+        *_quality(runs),
         _over_time(
             "active_slots",
             "Work per step",
@@ -187,6 +192,30 @@ def _brownout_charts(runs: Sequence[RunData]) -> list[Chart]:
             )
         )
     return charts
+
+
+def _quality(runs: Sequence[RunData]) -> list[Chart]:
+    """What the thresholds cost, for runs whose model was calibrated."""
+    known = [run for run in runs if run.quality_loss()[0]]
+    if not known:
+        return []
+    most = max(loss for run in known for loss in run.quality_loss()[1])
+
+    def draw(axes: Axes, run: RunData, number: int) -> None:
+        _step(axes, run.quality_loss(), number, run.name)
+        axes.set_ylim(0, max(_LEAST_LOSS_AXIS, 1.1 * most))
+
+    return [
+        _figure(
+            "quality",
+            "The price in quality",
+            f"How much worse the dimmed model answers at each moment: the share of {measure_name(known[0].quality.measure)} that "
+            "it loses against full quality, as measured beforehand for the settings of the dimmer. 0 is full quality.",
+            "percent lost",
+            runs,
+            draw,
+        )
+    ]
 
 
 def _over_time(

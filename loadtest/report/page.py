@@ -9,7 +9,7 @@ from string import Template
 
 from loadtest.report.charts import Chart, make_charts
 from loadtest.report.run_data import RunData
-from loadtest.report.words import conclusion, table, verdict, warnings
+from loadtest.report.words import conclusion, roles, table, tiles, verdict, warnings
 
 _INTRODUCTION = (
     "A language model of the Mixture-of-Experts kind has many small networks, its experts, and asks a few of them for every "
@@ -43,6 +43,11 @@ section, figure { background: var(--card); border: 1px solid var(--grid); border
 .conclusion h2 { font-size: 1.3rem; }
 .conclusion li { font-size: 1.08rem; margin: 2px 0; }
 .conclusion ul { margin: 8px 0 0; padding-left: 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin: 12px 0; }
+.tiles div { background: var(--page); border-radius: 8px; padding: 10px 14px; }
+.tiles b { display: block; font-size: 1.45rem; line-height: 1.3; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.tiles b span { color: var(--muted); font-weight: 400; }
+.tiles small { color: var(--muted); font-size: .85rem; line-height: 1.3; display: block; }
 .warning { border-left: 5px solid var(--bad); }
 .note { color: var(--muted); font-size: .92rem; }
 figure p { color: var(--muted); max-width: 75ch; }
@@ -62,7 +67,7 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 <h1>$title</h1>
 <p class="note">$subtitle</p>
 $warnings
-<section class="conclusion"><h2>$verdict</h2><ul>$conclusion</ul></section>
+<section class="conclusion"><h2>$verdict</h2><div class="tiles">$tiles</div><ul>$conclusion</ul></section>
 <section><h2>What is this?</h2><p>$introduction</p></section>
 $charts
 <section><h2>All figures</h2><div class="scroll">$table</div></section>
@@ -105,7 +110,8 @@ def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str, notes: Se
         else "",
         verdict=html.escape(verdict(runs)),
         conclusion=_items([*conclusion(runs), *notes]),
-        introduction=_INTRODUCTION,
+        tiles="".join(_tile(*tile) for tile in tiles(runs)),
+        introduction=f"{_INTRODUCTION} {html.escape(roles(runs))}",
         charts="\n".join(_figure(chart) for chart in charts),
         table=_table(runs),
         method=_method(runs),
@@ -114,6 +120,11 @@ def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str, notes: Se
 
 def _items(sentences: Sequence[str]) -> str:
     return "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+
+
+def _tile(title: str, before: str, value: str) -> str:
+    change = f"<span>{html.escape(before)} → </span>" if before else ""
+    return f"<div><b>{change}{html.escape(value)}</b><small>{html.escape(title)}</small></div>"
 
 
 def _figure(chart: Chart) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from backend.brownout.profile import Profile
 from backend.errors import ConfigError
 from loadtest.control_log import read_course
+from loadtest.quality import LossCurve, Quality, quality_of_run, quality_path, read_run_profile
 from loadtest.record import RequestRecord, Slo, read_records, weighted_percentile
 from loadtest.results import RunSummary, itl_latencies, summary_path, ttft_latencies
 from loadtest.telemetry import Sample
@@ -26,13 +28,22 @@ class RunData:
     """Everything known about one run."""
 
     def __init__(
-        self, name: str, summary: RunSummary, records: Sequence[RequestRecord], samples: Sequence[Sample] = ()
+        self,
+        name: str,
+        summary: RunSummary,
+        records: Sequence[RequestRecord],
+        samples: Sequence[Sample] = (),
+        profile: Profile | None = None,
+        quality: Quality | None = None,
     ) -> None:
+        """`profile` tells the quality lost over time; without one it may be known as `quality`."""
         self.name = name
         self.summary = summary
         self._start_s = summary.run.started_monotonic_s
         self._records = records
         self._samples = samples
+        self._profile = profile
+        self.quality = quality_of_run(records, samples, profile) if profile else quality
         ends = [r.end_s - self._start_s for r in records if r.end_s is not None]
         self.length_s = max([summary.run.duration_s, *ends])
         self.window_s = max(_MIN_WINDOW_S, summary.run.duration_s / _MAX_WINDOWS)
@@ -64,12 +75,21 @@ class RunData:
 
     def telemetry(self, name: str) -> Line:
         """A field of the server's readings, as far as it is known, while the run lasted."""
-        known = [
-            (s.time_s - self._start_s, getattr(s, name))
-            for s in self._samples
-            if getattr(s, name) is not None and -1 <= s.time_s - self._start_s <= self.length_s + 1
+        known = [s for s in self._while_running() if getattr(s, name) is not None]
+        return [s.time_s - self._start_s for s in known], [getattr(s, name) for s in known]
+
+    def quality_loss(self) -> Line:
+        """Loss in percent at the thresholds of each reading; nothing without a profile."""
+        if self._profile is None:
+            return [], []
+        curve = LossCurve(self._profile)
+        known = [s for s in self._while_running() if s.threshold_prefill is not None and s.threshold_decode is not None]
+        return [s.time_s - self._start_s for s in known], [
+            curve.losses(s.threshold_prefill, s.threshold_decode)[curve.measure] for s in known
         ]
-        return [t for t, _ in known], [v for _, v in known]
+
+    def _while_running(self) -> list[Sample]:
+        return [s for s in self._samples if -1 <= s.time_s - self._start_s <= self.length_s + 1]
 
     def _window(self, at_s: float) -> int:
         return int((at_s - self._start_s) // self.window_s)
@@ -91,8 +111,10 @@ class RunData:
         return middles, [weighted_percentile(windows[n], percent) for n in numbers]
 
 
-def load_run(text: str) -> RunData:
+def load_run(text: str, profile: Path | None = None) -> RunData:
     """A run named on the command line: [NAME=]PATH of its records, or of a folder with the records of one run.
+
+    What dimming cost in quality follows from `profile`, or from the profile in the run's folder.
 
     Raises:
         ConfigError: nothing usable is there; the message says what is missing.
@@ -102,11 +124,15 @@ def load_run(text: str) -> RunData:
     try:
         summary = msgspec.json.decode(summary_path(path).read_bytes(), type=RunSummary)
         records = read_records(path)
+        known = quality_path(path)
+        quality = msgspec.json.decode(known.read_bytes(), type=Quality) if known.is_file() else None
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
-            f"run {path}: its records or summary ({summary_path(path).name}) are unusable: {error}"
+            f"run {path}: its records or what lies beside them ({path.stem}.*) are unusable: {error}"
         ) from None
-    return RunData(name or summary.run.name, summary, records, read_course(path))
+    return RunData(
+        name or summary.run.name, summary, records, read_course(path), read_run_profile(path, profile), quality
+    )
 
 
 def _records_file(path: Path) -> Path:

@@ -33,6 +33,14 @@ ROWS: list[tuple[str, str, Callable[[float | None], str], bool | None]] = [
     ),
 ]
 
+#: How a profile's measures are called; a loss of them is said in percent of what the full model gets right.
+MEASURES = {
+    "letter": "right multiple-choice answers",
+    "choices": "right multiple-choice answers",
+    "exact_match": "answers right to the letter",
+    "perplexity": "predictability of text (perplexity)",
+}
+
 
 def verdict(runs: Sequence[RunData]) -> str:
     """The result in one line."""
@@ -52,6 +60,43 @@ def verdict(runs: Sequence[RunData]) -> str:
     if min(changes) > 0:
         return f"More broken promises {versus}"
     return f"No clear gain {versus}"
+
+
+def tiles(runs: Sequence[RunData]) -> list[tuple[str, str, str]]:
+    """What to see at first glance: (title, value of the first run or "", value of the last)."""
+    first, last = (run.summary.result for run in (runs[0], runs[-1]))
+    found = []
+    for title, name, text in (
+        ("requests whose first word came late or never", "ttft_violation_ratio", percent),
+        ("words that came late", "itl_violation_ratio", percent),
+        ("99 of 100 first words came within", "ttft_p99_s", ms),
+    ):
+        before = text(getattr(first, name)) if len(runs) > 1 else ""
+        found.append((title, before, text(getattr(last, name))))
+    quality = runs[-1].quality
+    if quality is not None:
+        at_least = "≥ " if quality.is_lower_bound else ""
+        found.append(
+            (f"the price: {measure_name(quality.measure)} lost", "", f"{at_least}{quality.mean_loss_percent:.1f}%")
+        )
+    return found
+
+
+def roles(runs: Sequence[RunData]) -> str:
+    """Which runs dimmed and which did not, in a sentence; nothing where that is not known."""
+    dimmed, full = [], []
+    for run in runs:
+        r = run.summary.result
+        thresholds = (r.mean_threshold_prefill, r.mean_threshold_decode)
+        if None not in thresholds:
+            (dimmed if min(thresholds) < 1 else full).append(f"“{run.name}”")
+    parts = [f"{_and(full)} ran at full quality all the time"] if full else []
+    parts += [f"{_and(dimmed)} dimmed while it was needed"] if dimmed else []
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def conclusion(runs: Sequence[RunData]) -> list[str]:
@@ -90,13 +135,27 @@ def _turned_away(runs: Sequence[RunData]) -> str:
 
 
 def _price(run: RunData) -> list[str]:
-    r = run.summary.result
-    if not r.united_share:
-        return []
-    text = f"The price: with “{run.name}” united experts did {percent(r.united_share)} of the expert work"
-    if r.recovery_s is not None:
-        text += f"; full quality was back {r.recovery_s:.0f} s after the burst"
-    return [text + "."]
+    """What dimming cost in quality, and how much was dimmed."""
+    r, quality, sentences = run.summary.result, run.quality, []
+    if quality is not None:
+        at_least = "at least " if quality.is_lower_bound else ""
+        text = (
+            f"The price with “{run.name}”: {at_least}{quality.mean_loss_percent:.1f}% of {measure_name(quality.measure)} lost "
+            f"on average over all words, {at_least}{quality.max_loss_percent:.1f}% when dimmed most"
+        )
+        for name, loss in quality.other_mean_losses.items():
+            text += f"; {loss:.1f}% of {measure_name(name)} on average"
+        sentences.append(text + ".")
+    if r.united_share:
+        text = f"United experts did {percent(r.united_share)} of the expert work with “{run.name}”"
+        if r.recovery_s is not None:
+            text += f"; full quality was back {r.recovery_s:.0f} s after the burst"
+        sentences.append(text + ".")
+    return sentences
+
+
+def measure_name(measure: str) -> str:
+    return MEASURES.get(measure, measure)
 
 
 def _change(before: float | None, after: float | None) -> str:
@@ -126,6 +185,25 @@ def table(runs: Sequence[RunData]) -> list[tuple[str, list[str], list[tuple[str,
             continue
         differences = [_difference(values[0], value, name, less_is_better) for value in values[1:]]
         rows.append((title, [text(value) for value in values], differences))
+    return rows + _quality_rows(runs)
+
+
+def _quality_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], list[tuple[str, str]]]]:
+    known = [run.quality for run in runs if run.quality is not None]
+    if not known:
+        return []
+    losses = {f"Quality lost: {measure_name(known[0].measure)}, mean over all words": lambda q: q.mean_loss_percent}
+    losses["… when dimmed most"] = lambda q: q.max_loss_percent
+    for name in known[0].other_mean_losses:
+        losses[f"Quality lost: {measure_name(name)}, mean over all words"] = lambda q, n=name: q.other_mean_losses.get(
+            n
+        )
+    rows = []
+    for title, loss_of in losses.items():
+        values = [None if run.quality is None else loss_of(run.quality) for run in runs]
+        ratios = [None if value is None else value / 100 for value in values]
+        differences = [_difference(ratios[0], ratio, "loss_ratio", True) for ratio in ratios[1:]]
+        rows.append((title, [percent(ratio) for ratio in ratios], differences))
     return rows
 
 

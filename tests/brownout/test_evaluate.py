@@ -37,8 +37,9 @@ def choices(tmp_path_factory):
 def _measures(llm, choices):
     windows = [llm.tokenizer.encode(text * 3) for text in ("a quick brown fox ", "1 + 2 = 3, ")]
     questions = measure.demo_questions(llm, 1, 0)[:12]
-    return Measures(questions, {"words": [windows[0]], "sums": [windows[1]]}, False,
-                    {"some": measure.read_choices(choices)}, 1, None, 8)  # fmt: skip
+    text = measure.Text({"words": [windows[0]], "sums": [windows[1]]}, 8)
+    text.keep_full(llm.engine.vocab_size)
+    return Measures(questions, text, {"some": measure.read_choices(choices)}, 1, None, 8)
 
 
 def test_threshold_one_of_every_mechanism_is_no_brownout(llm, choices):
@@ -48,6 +49,7 @@ def test_threshold_one_of_every_mechanism_is_no_brownout(llm, choices):
         for name in ("united_share", "active_slots", "assignments_per_token", "tokens_per_step"):
             assert point["questions"][name] == full["questions"][name]
         assert point["text"]["perplexity"] == full["text"]["perplexity"]
+        assert max(point["text"]["divergence"].values()) < 1e-5
         assert point["choices"]["some"]["summed"] == full["choices"]["some"]["summed"]
         assert point["exact_match"]["by_task"] == full["exact_match"]["by_task"]
         assert point["questions"]["united_share"] == 0.0
@@ -61,14 +63,29 @@ def test_deeper_dimming_shows_in_slots_share_and_perplexity(llm, choices):
         assert slots == sorted(slots, reverse=True) and slots[0] > slots[-1]
         assert share[0] == 0 < share[1] < share[2] <= 1
     assert results[2]["text"]["comparable"] and results[2]["text"]["nominal_share"] == 1.0
-    assert results[2]["text"]["perplexity"] != results[0]["text"]["perplexity"]
+    for name in ("words", "sums"):
+        assert results[2]["text"]["perplexity"][name] != results[0]["text"]["perplexity"][name]
+        assert results[0]["text"]["divergence"][name] == 0 < results[2]["text"]["divergence"][name]
 
 
 def test_a_share_well_below_nominal_is_not_comparable(llm):
     measure.apply(llm, Settings(threshold_prefill=0.0, threshold_decode=0.0, way=2))
-    found = measure.perplexity(llm, {"one": [llm.tokenizer.encode("ab")]}, 1, decode=True)
+    found = measure.Text({"one": [llm.tokenizer.encode("ab")]}, 1, decode=True).score(llm)
     measure.apply(llm, Settings())
     assert found["united_share"] < 0.95 and not found["comparable"]
+
+
+def test_domains_and_families_stand_side_by_side_or_one_after_another(llm):
+    windows = {"a": [[1, 2], [3, 4]], "b": [[5, 6], [7, 8], [9, 10]]}
+    assert [name for name, _ in measure.Text(windows, 2).order] == ["a", "b", "a", "b", "b"]
+    apart = measure.Text(windows, 2, mixed=False)
+    assert [name for name, _ in apart.order] == ["a", "a", "b", "b", "b"]
+    mixed, sorted_ = (measure.demo_questions(llm, 1, 0, mixed) for mixed in (True, False))
+    families = [asked.family for asked in sorted_]
+    assert families[::2] == families[1::2] and families != [asked.family for asked in mixed]
+    assert {(a.family, a.form) for a in mixed} == {(a.family, a.form) for a in sorted_}
+    scores = [text.score(llm)["perplexity"] for text in (measure.Text(windows, 2), apart)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 def test_losses_are_relative_to_the_full_model():

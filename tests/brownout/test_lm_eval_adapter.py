@@ -72,7 +72,9 @@ def test_generation_stops_before_the_first_of_until(model):
 
 
 def test_settings_act_and_are_checked(text_checkpoint, model):
-    dimmed = BrownoutLM(str(text_checkpoint), threshold="0", way="4", batch_size=4)
+    # The harness's command names cuda:0 by itself: without a GPU that is the CPU.
+    device = "auto" if torch.cuda.is_available() else "cuda:0"
+    dimmed = BrownoutLM(str(text_checkpoint), threshold="0", way="4", batch_size=4, device=device)
     request = _requests(("The quick brown fox jumps over the lazy dog", " again and again"))
     assert dimmed.loglikelihood(request)[0][0] != pytest.approx(model.loglikelihood(request)[0][0], abs=1e-3)
     assert dimmed.steps()["united_share"] > 0.5 and model.steps()["united_share"] == 0

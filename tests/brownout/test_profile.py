@@ -13,7 +13,7 @@ FULL = Level("united", 0, 1.0, 1.0, 0.0, 50.0, 4.0, 1.0)
 LEVELS = (
     FULL,
     Level("united", 8, 0.6, 0.8, 1.5, 20.0, 3.9, 0.8, {"add": 3.0}, united_share=0.3),
-    Level("united", 8, 0.2, 0.2, 4.0, 9.0, 3.7, 0.7),
+    Level("united", 8, 0.2, 0.2, 4.0, 9.0, 3.7, 0.7, other_losses={"exact_match": 9.5}),
     Level("reroute", 0, 0.5, 0.5, 9.0, 8.0, 3.7, 0.6, similarity_min=0.4),
 )
 PROFILE = Profile("ck", "f" * 32, 32, "letter", LEVELS)

@@ -39,3 +39,11 @@ def test_what_is_loaded_decides_what_can_be_followed():
     for settings in (Settings(threshold_decode=0.0), Settings(way=8), Settings(mechanism="reroute")):
         with pytest.raises(ConfigError, match="loaded"):
             bare.way_of(settings)
+
+
+def test_mechanisms_that_choose_by_token_are_refused_where_experts_may_be_missing():
+    partly = Available((2,), missing_experts=True)
+    assert partly.mechanisms == ("united", "drop")
+    assert partly.way_of(Settings(mechanism="top_k")) == 2, "nothing is dimmed"
+    with pytest.raises(ConfigError, match=r"top_k cannot stand in for missing experts.*united, drop"):
+        partly.way_of(Settings(mechanism="top_k", threshold_decode=0.5))

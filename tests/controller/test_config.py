@@ -28,6 +28,17 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert parse("--ttft-slo", "1", "--itl-slo", "1").owner.startswith("controller-")
 
 
+def test_the_environment_wins_over_the_file_and_flags_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "controller.toml"
+    file.write_text("ttft_slo_s = 0.5\nitl_slo_s = 0.05\nperiod_s = 0.5\n")
+    for name, value in (("TTFT_SLO_S", "2"), ("ITL_SLO_S", "3"), ("PERIOD_S", "")):
+        monkeypatch.setenv(f"CONTROLLER_{name}", value)
+    config = parse("--config", str(file), "--itl-slo", "0.1")
+    assert (config.ttft_slo_s, config.itl_slo_s, config.period_s) == (2.0, 0.1, 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

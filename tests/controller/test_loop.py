@@ -125,6 +125,21 @@ def test_a_refusal_for_good_is_raised(tmp_path: Path, make: Callable) -> None:
         overload(guarded, controller)
 
 
+def test_a_model_that_cannot_be_dimmed_so_is_said_at_once(tmp_path: Path, make: Callable) -> None:
+    plane = FakePlane(tmp_path)
+    plane.row["ways"] = 0
+    plane.publish()
+    controller = make(plane=plane)
+    controller.turn(0.5)
+    with pytest.raises(Refused, match=r"has not what mechanism united needs; it can do piggyback, top_k, drop"):
+        controller.turn(0.5)
+    for usable in ({"mechanism": "drop"}, {"law": "off"}):
+        other = make(plane=plane, **usable)
+        other.turn(0.5)
+        assert other.turn(0.5).mode == "control"
+        other.hand_back()
+
+
 def test_a_recorded_run_replays_to_the_same_decisions(plane: FakePlane, make: Callable, tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     controller = make(log=log)

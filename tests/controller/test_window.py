@@ -66,6 +66,21 @@ def test_a_restarted_engine_starts_a_new_count(plane: FakePlane) -> None:
     assert seen.add(at(restarted, 103.0, generation=2, num_steps=0)).ttft_p90_s is None
 
 
+def test_a_clock_that_jumps_makes_no_rates_and_no_latencies_up(plane: FakePlane) -> None:
+    """Forward: so much time, so few arrivals. Backward, or counters that are lower: a new count."""
+    seen = window()
+    plane.serve(0.2, 0.1)
+    seen.add(at(plane.call(), 100.0))
+    plane.queue(requests=6, prompt_tokens=600)
+    reading = seen.add(at(plane.call(), 3700.0))
+    assert 0 <= reading.engines[0].requests_per_s < 0.01
+    assert reading.ttft_p90_s is None
+    assert seen.add(at(plane.call(), 50.0)) is None
+    reading = seen.add(at(plane.call(), 51.0))
+    assert (reading.engines[0].requests_per_s, reading.ttft_p90_s) == (0.0, None)
+    assert seen.add(at(plane.call(), 52.0, num_steps=3)) is None
+
+
 def test_no_engine_is_no_reading(plane: FakePlane) -> None:
     assert window().add(plane.call() | {"telemetry": []}) is None
 

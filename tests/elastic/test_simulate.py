@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from backend.elastic.experiment import ABLATIONS, POLICIES
+from backend.elastic.experiment import ABLATIONS, POLICIES, WINDOWED, front
 from backend.elastic.simulate import main
 
 SMALL = "--shape tiny --seconds 0.1 --rate 40 --input-tokens 20 --output-tokens 4 --devices 2 --pool-layers 2 --drift 0"
@@ -36,6 +36,31 @@ def test_the_sensitivity_varies_every_constant(tmp_path):
     rows = json.loads(path.read_text())["sensitivity"]
     assert {"none", "memory_bandwidth", "host_bandwidth", "keep_alive_s"} <= {row["constant"] for row in rows}
     assert all(set(row["policies"]) == {"static", "moeless"} for row in rows)
+
+
+def test_windows_are_compared_with_both_baselines(tmp_path, capsys):
+    path = tmp_path / "w.json"
+    options = "--windows 3 --no-ablations --policies static".split()
+    assert main([*SMALL.split(), *options, "--json", str(path)]) == 0
+    windows = json.loads(path.read_text())["windows"]
+    assert set(windows) == {"static", "eplb"} and set(windows["static"]) == set(WINDOWED)
+    assert windows["eplb"]["eplb"]["layer_ms_p99"] == [0.0, 0.0, 0.0]
+    least, median, most = windows["static"]["moeless"]["layer_ms_p99"]
+    assert least <= median <= most and "over 3 windows" in capsys.readouterr().out
+
+
+def test_the_front_has_no_policy_that_another_beats_in_everything():
+    def row(latency, cost, loss):
+        return {"layer_ms_p99": latency, "cost_gb_s": cost, "quality_loss_percent": loss}
+
+    rows = {
+        "static": row(3.0, 5.0, 0.0),
+        "eplb": row(2.0, 6.0, 0.0),
+        "moeless": row(2.0, 5.0, 0.0),
+        "moeless_brownout": row(2.5, 3.0, 1.0),
+        "oracle": row(1.0, 1.0, 0.0),
+    }
+    assert front(rows, "layer_ms_p99") == ["moeless", "moeless_brownout"]
 
 
 def test_without_matplotlib_the_requirement_is_named(tmp_path, monkeypatch, capsys):

@@ -75,6 +75,25 @@ def test_functions_match_the_hand_computed_example():
     assert policy.cost_gb_s(1000.0) == pytest.approx(2 * (7.0 + 10 - 1.5))
 
 
+def test_a_deployed_policy_starts_warm_with_what_earlier_loads_need():
+    policy = ElasticPolicy(4, [2], COST, ElasticOptions(keep_alive_s=10.0), Links(1, COST, 1.0))
+    policy.warm_up([3.0, 1.0, 0.0, 0.0], 8.0)
+    work = Workload(one_request(1, 2), fixed_pool([[0, 1]]), np.zeros(1, np.int64), devices=1)
+    outcome = simulate(work, [policy], COST)
+    assert outcome.layer_s == pytest.approx([2.0, 2.0]) and policy.misses == 0
+    assert outcome.cost_gb_s == pytest.approx(2 * outcome.makespan_s)  # paid for from the start
+
+
+def test_with_brownout_experts_beyond_the_threshold_leave_memory_and_united_ones_serve_them():
+    options = ElasticOptions(keep_alive_s=2.0, threshold=0.7, way=4)
+    policy = ElasticPolicy(4, [4, 4], COST, options, Links(2, COST, 1.0))
+    policy.warm_up([6.0, 2.0, 1.0, 1.0], 10.0)
+    # Experts 0 and 1 carry 8 of 10; the others are united's from the first step on, though they are asked for.
+    assert {expert for expert, _ in policy.functions.copies()} == {0, 1}
+    service = policy.serve([6, 2, 1, 1], 0.5)
+    assert service.united == 2 and service.served == 10 and service.stall_s == 0
+
+
 def test_copies_share_an_experts_load_only_as_far_as_it_pays():
     service = Service(3)
     # 3 tokens: two parts pay (ridge at 2 tokens), on the devices that are least busy after the heavier expert.

@@ -165,6 +165,23 @@ def test_abort_frees_everything_at_any_moment():
     assert engine.blocks.num_in_use == 0 and not engine.scheduler.running and engine.scheduler.num_waiting == 0
 
 
+def test_load_counts_the_prompt_tokens_that_are_left():
+    rng = random.Random(1)
+    engine = make_engine(max_batch_tokens=40, max_running=4, max_waiting=100)
+    requests = [Request(number, prompt, greedy(3)) for number, prompt in enumerate(make_prompts(30, seed=3))]
+    for request in requests[:20]:
+        engine.add(request)
+    late = iter(requests[20:])
+    while engine.has_work:
+        engine.step()
+        engine.abort(rng.randrange(20))
+        if (request := next(late, None)) is not None:
+            engine.add(request)
+        alive = [r.sequences[0] for r in requests if engine.is_active(r.request_id)]
+        assert engine.load().waiting_tokens == sum(max(0, s.num_prompt - s.num_computed) for s in alive)
+    assert engine.load().waiting_tokens == 0
+
+
 def test_abort_of_one_sequence_leaves_the_others():
     engine = make_engine()
     engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=5, n=3, ignore_eos=True)))

@@ -25,12 +25,15 @@ def make_scheduler(num_blocks=16, block_size=4, max_batch_tokens=8, max_running=
 def run_step(scheduler: Scheduler, next_token=lambda s: 1000 + len(s.tokens)) -> Schedule:
     """One step with an imaginary model: book, append a token where all known ones are computed, finish at max_tokens."""
     work = scheduler.schedule()
-    for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
-        scheduler.computed(sequence, count)
-        if sequence.num_computed == len(sequence.tokens):
-            sequence.tokens.append(next_token(sequence))
-            if sequence.num_output >= sequence.request.params.max_tokens:
-                scheduler.remove(sequence, "length")
+    before = [sequence.num_computed for sequence in work.sequences]
+    ready = scheduler.computed(work)
+    after = [sequence.num_computed for sequence in work.sequences]
+    assert after == [start + count for start, count in zip(before, work.num_tokens, strict=True)]
+    assert ready == [sequence for sequence in work.sequences if sequence.num_computed == len(sequence.tokens)]
+    for sequence in ready:
+        sequence.tokens.append(next_token(sequence))
+        if sequence.num_output >= sequence.request.params.max_tokens:
+            scheduler.remove(sequence, "length")
     return work
 
 
@@ -128,6 +131,7 @@ def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_bloc
             params = SamplingParams(max_tokens=1 + rng.randrange(longest - len(prompt)), brownout=rng.choice(QUALITIES))
             scheduler.add(Request(object(), prompt, params, float(now)).sequences[0])
         work = scheduler.schedule()
+        pristine_steps, expected = [], []
         for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
             blocks, first = list(sequence.blocks), sequence.num_computed
             read = [contents[blocks[i]] for i in range(first // block_size)]
@@ -140,12 +144,14 @@ def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_bloc
             clean = pristine and all(before for _, before in read + partial)
             for i in range(first // block_size, (first + count - 1) // block_size + 1):
                 contents[blocks[i]] = (tuple(sequence.tokens[: min((i + 1) * block_size, first + count)]), clean)
-            scheduler.computed(sequence, count, pristine)
-            assert sequence.pristine == clean
-            if sequence.num_computed == len(sequence.tokens):
-                sequence.tokens.append(len(sequence.tokens) % 2)
-                if sequence.num_output >= sequence.request.params.max_tokens:
-                    scheduler.remove(sequence, "length")
+            pristine_steps.append(pristine)
+            expected.append(clean)
+        ready = scheduler.computed(work, pristine_steps)
+        assert [sequence.pristine for sequence in work.sequences] == expected
+        for sequence in ready:
+            sequence.tokens.append(len(sequence.tokens) % 2)
+            if sequence.num_output >= sequence.request.params.max_tokens:
+                scheduler.remove(sequence, "length")
         scheduler.blocks.check()
 
 
@@ -218,11 +224,6 @@ def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]]
     ]
     numbers = {sequence: i for _, i, sequence in coming}
 
-    def book(work: Schedule) -> None:
-        for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
-            if not sequence.finished:
-                scheduler.computed(sequence, count)
-
     time, next_work = 0, None
     while coming or scheduler.running or scheduler.num_waiting:
         for entry in [entry for entry in coming if entry[0] <= time]:
@@ -231,8 +232,7 @@ def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]]
         work, next_work = next_work, None
         if work is None or all(sequence.finished for sequence in work.sequences):
             work = scheduler.schedule()
-            book(work)
-            ready = [sequence for sequence in work.sequences if sequence.num_computed == len(sequence.tokens)]
+            ready = scheduler.computed(work)
         else:
             ready = work.sequences
         if ahead and ready:
@@ -249,7 +249,7 @@ def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]]
                 if token % 7 == 0 or sequence.num_output >= sequence.request.params.max_tokens:
                     scheduler.remove(sequence, "stop")
         if next_work is not None:
-            book(next_work)
+            scheduler.computed(next_work.unfinished())
         time += 1
     scheduler.blocks.check()
     return made, num_ahead
@@ -272,8 +272,7 @@ def test_a_step_is_made_ahead_only_where_nothing_else_could_be_done():
     for sequence in (first, second):
         scheduler.add(sequence)
     work = scheduler.schedule()
-    for sequence, count in zip(work.sequences, work.num_tokens, strict=True):
-        scheduler.computed(sequence, count)
+    scheduler.computed(work)
     assert scheduler.schedule_ahead([first], never) is None, "the other one's token is not there yet"
     ahead = scheduler.schedule_ahead(work.sequences, never)
     assert ahead.num_tokens == [1, 1] and len(first.blocks) == 2

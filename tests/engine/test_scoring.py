@@ -38,6 +38,21 @@ def test_scores_are_the_models_whatever_the_batch(llm, decode):
     llm.engine.blocks.check()
 
 
+def test_logits_are_shown_with_the_sequences_they_belong_to(llm):
+    sequences = [(ids, max(1, len(ids) - 3)) for ids, _ in _sequences(4)]
+    shown = {}
+
+    def keep(owners, logits):
+        for owner, row in zip(owners, logits, strict=True):
+            shown.setdefault(owner, []).append(row.double().log_softmax(0))
+
+    for number, found in enumerate(Scorer(llm.engine, 3, on_logits=keep).score(sequences)):
+        ids, first = sequences[number]
+        assert len(shown[number]) == len(ids) - first
+        wanted = [float(row[token]) for row, token in zip(shown[number], ids[first:], strict=True)]
+        np.testing.assert_allclose(found.logprobs, wanted, atol=1e-5)
+
+
 def test_each_phase_has_its_threshold(llm):
     sequences = _sequences(4)
     found = {}

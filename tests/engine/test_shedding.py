@@ -29,10 +29,10 @@ class TokenPace(Pace):
         return max(0.01 * tokens, 0.05 * (ahead + 1))
 
 
-def refused(waiting: list[Waiting], started: int = 0) -> set[object]:
-    refusals = late_requests(TokenPace(), started, waiting, LIMIT_S)
+def refused(waiting: list[Waiting], started: int = 0, margin: float = 0.0) -> set[object]:
+    refusals = late_requests(TokenPace(), started, waiting, LIMIT_S, margin)
     assert len({refusal.request_id for refusal in refusals}) == len(refusals)
-    assert all(refusal.expected_s > LIMIT_S for refusal in refusals)
+    assert all(refusal.expected_s > LIMIT_S * (1 - margin) for refusal in refusals)
     return {refusal.request_id for refusal in refusals}
 
 
@@ -65,6 +65,25 @@ def test_auto_goes_before_never_and_then_by_priority() -> None:
     assert refused([*queue, Waiting("second", 0.0, 40, never=True)]) == {"auto", "urgent"}
 
 
+def test_what_is_new_keeps_a_margin() -> None:
+    queue = [Waiting(i, 0.0, 30) for i in range(3)]
+    assert refused(queue) == set()
+    assert refused(queue, margin=0.2) == {2}
+
+
+def test_what_was_accepted_is_served_even_late() -> None:
+    """A refusal after a wait helps nobody; only what has just come is refused."""
+    late = [Waiting(f"accepted {i}", 0.9, 30, accepted=True) for i in range(4)]
+    assert refused(late) == set()
+    assert refused([*late, Waiting("new", 0.0, 5)]) == {"new"}
+
+
+def test_what_was_accepted_gives_way_to_the_more_important_only() -> None:
+    accepted = [Waiting(f"accepted {i}", 0.0, 30, accepted=True) for i in range(3)]
+    assert refused([*accepted, Waiting("equal", 0.0, 30)]) == {"equal"}
+    assert refused([*accepted, Waiting("never", 0.0, 30, never=True)]) == {"accepted 2"}
+
+
 waiting = st.lists(
     st.builds(
         Waiting,
@@ -73,6 +92,7 @@ waiting = st.lists(
         tokens=st.integers(1, 60),
         never=st.booleans(),
         priority=st.integers(-2, 2),
+        accepted=st.booleans(),
     ),
     max_size=25,
 )
@@ -82,16 +102,25 @@ waiting = st.lists(
 def test_the_kept_are_in_time_and_no_lesser_request_is_kept_before_a_refused_one(
     queue: list[Waiting], started: int
 ) -> None:
+    """In time: within the limit or, if accepted before, no later than without what is new."""
     gone = refused(queue, started)
     tokens, kept = started, []
+    old_tokens, old_ahead = started, 0
     for request in queue:
+        allowed_s = LIMIT_S
+        if request.accepted:
+            old_tokens += request.tokens
+            allowed_s = max(LIMIT_S, request.age_s + TokenPace().first_token_s(old_tokens, old_ahead))
+            old_ahead += 1
+        rank = (request.never, -request.priority, request.accepted)
         if request.request_id not in gone:
             tokens += request.tokens
-            assert request.age_s + TokenPace().first_token_s(tokens, len(kept)) <= LIMIT_S + 1e-9
+            assert request.age_s + TokenPace().first_token_s(tokens, len(kept)) <= allowed_s + 1e-9
             kept.append(request)
+        elif request.accepted:
+            assert any(not new.accepted and (new.never, -new.priority) > rank[:2] for new in queue)
         elif request.age_s + TokenPace().first_token_s(started + request.tokens, 0) <= LIMIT_S:
-            rank = (request.never, -request.priority)
-            assert all((other.never, -other.priority) >= rank for other in kept)
+            assert all((other.never, -other.priority, other.accepted) >= rank for other in kept)
 
 
 @given(st.integers(0, 80), st.integers(0, 3000), st.integers(0, 40), st.floats(0, 1))
@@ -115,7 +144,7 @@ def test_the_engine_refuses_once_with_a_hint_and_goes_on() -> None:
     (event,) = engine.shed(MODEL, LIMIT_S)
     assert isinstance(event, RequestEnded)
     assert (event.request_id, event.outcome) == ("second", "rejected")
-    assert "more than 1 s (shed_ttft_s); retry in about" in event.message
+    assert "too late for 1 s (shed_ttft_s); retry in about" in event.message
     assert engine.shed(MODEL, LIMIT_S) == []
     assert engine.counters.requests_shed == 1
     events = []

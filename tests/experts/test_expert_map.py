@@ -52,6 +52,7 @@ def test_way_that_does_not_fit_is_refused(groups: list[int], first: int) -> None
     assert table.ways == ()
 
 
-def test_needs_a_slot_for_every_expert() -> None:
+def test_needs_a_slot_for_every_resident_expert() -> None:
     with pytest.raises(ValueError, match="2 slots cannot hold 3 experts"):
         ExpertMap(3, 2, torch.device("cpu"))
+    assert ExpertMap(3, 2, torch.device("cpu"), num_resident=2).expert_slots.tolist() == [0, 1, -1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backend.kernels import cpu, reference
 from backend.kernels.reference import store_kv
 
 HEAD_DIM = 6
@@ -97,6 +98,47 @@ def test_attention_over_a_sixteen_bit_cache_keeps_the_queries_type(kernels: Modu
     for out in (decoded, prefilled):
         assert out.dtype == torch.float32
         torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (4, 2, 64), (3, 1, 96)])
+def test_bfloat16_attention_equals_the_reference(
+    heads: int, kv_heads: int, head_dim: int, block_size: int, window: int | None
+) -> None:
+    """Heads of a length that the processor's instruction takes; whole prompts, chunks beside block borders, single tokens."""
+    lens, queries = [1, 16, 17, 40, 33, 9, 150], [1, 16, 17, 7, 1, 8, 77]
+    generator = torch.Generator().manual_seed(block_size + heads)
+    needed = [-(-n // block_size) for n in lens]
+    shape = (sum(needed) + 1, block_size, kv_heads, head_dim)
+    k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+    tables = torch.zeros(len(lens), max(needed), dtype=torch.int32)
+    for row, blocks in zip(tables, torch.randperm(sum(needed), generator=generator).split(needed), strict=True):
+        row[: len(blocks)] = blocks
+    v[-1], q = float("nan"), torch.randn(sum(queries), heads, head_dim, generator=generator)
+    prefill = (q, k, v, tables, queries, lens, head_dim**-0.5, window)
+    decode = (q[: len(lens)], k, v, tables, torch.tensor(lens).int(), head_dim**-0.5, window)
+    for name, args in (("prefill_attention", prefill), ("decode_attention", decode)):
+        found, expected = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+        assert (found - expected).norm() < 8e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 900])
+def test_rotate_and_store_equals_its_parts(dtype: torch.dtype, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    heads, angles = (torch.randn(tokens, *size, generator=generator) for size in ((8, 10), (5,)))
+    slots = torch.randperm(2 * tokens, generator=generator)[:tokens]
+    norms = [torch.rand(10, generator=generator) for _ in range(2)]
+    written = []
+    for kernels in (cpu, reference):
+        own = heads.clone()
+        caches = [torch.zeros(2 * tokens, 1, 2, 10, dtype=dtype) for _ in range(2)]
+        kernels.rotate_and_store(own, angles.cos(), angles.sin(), *caches, slots, *norms, 1e-5)
+        written.append((own[:, :4], *caches))
+    for found, expected in zip(*written, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert expected.count_nonzero()
 
 
 def test_store_kv_writes_only_the_named_places() -> None:

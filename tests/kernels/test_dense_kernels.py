@@ -9,7 +9,7 @@ import torch
 
 from backend.errors import ConfigError
 from backend.kernels import check_attention, cpu, kernels_for, reference
-from backend.kernels.reference import add_rms_norm, apply_rope, rms_norm
+from backend.kernels.reference import apply_rope
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -33,19 +33,36 @@ def test_linear_widens_sixteen_bit_weights_in_pieces(kernels: ModuleType, rows: 
         torch.testing.assert_close(out, x @ weight.float().T, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (4, 3, 16)])
-def test_rms_norm_is_its_definition(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 17, 130])
+@pytest.mark.parametrize(("hidden", "size"), [(19, 7), (64, 96)])
+def test_gated_mlp_is_its_definition(
+    kernels: ModuleType, hidden: int, size: int, rows: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(rows)
+    x, w13, w2 = torch.randn(rows, hidden), torch.randn(2 * size, hidden) / 4, torch.randn(hidden, size) / 4
+    w13, w2 = w13.to(dtype), w2.to(dtype)
+    gate, up = (x.double() @ w13.double().T).chunk(2, dim=1)
+    expected = (torch.nn.functional.silu(gate) * up) @ w2.double().T
+    found = kernels.gated_mlp(x, w13, w2)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < (8e-3 if dtype == torch.bfloat16 else 1e-5) * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (4, 3, 16), (300, 256)])
+def test_rms_norm_is_its_definition(kernels: ModuleType, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape), torch.rand(shape[-1])
     expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), expected)
 
 
-def test_add_rms_norm_updates_the_residual_and_norms_the_sum() -> None:
-    x, residual, weight = torch.randn(5, 8), torch.randn(5, 8), torch.rand(8)
+@pytest.mark.parametrize("rows", [5, 9000])
+def test_add_rms_norm_updates_the_residual_and_norms_the_sum(kernels: ModuleType, rows: int) -> None:
+    x, residual, weight = torch.randn(rows, 8), torch.randn(rows, 8), torch.rand(8)
     total = x + residual
-    out = add_rms_norm(x, residual, weight, 1e-6)
+    out = kernels.add_rms_norm(x, residual, weight, 1e-6)
     assert torch.equal(residual, total)
-    torch.testing.assert_close(out, rms_norm(total, weight, 1e-6))
+    torch.testing.assert_close(out, kernels.rms_norm(total, weight, 1e-6))
 
 
 def test_rope_rotates_each_pair_in_place_and_only_the_given_heads() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend.kernels.reference import route
+from backend.kernels import cpu, reference
 
 
 def naive_experts(hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -45,6 +45,18 @@ def test_grouped_experts_equal_the_loop(
     expected = naive_experts(hidden, w13, w2, slots, weights)
     out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "num_slots"), [(1, 3), (33, 3), (130, 3), (130, 2), (400, 9)])
+def test_bfloat16_experts_equal_the_loop(tokens: int, num_slots: int) -> None:
+    """Sizes that the processor's instruction takes, from one token to many per slot, not all of them whole panels."""
+    hidden, w13, w2 = make_experts(num_slots, 64, 96, tokens)
+    w13, w2 = w13.bfloat16(), w2.bfloat16()
+    slots, weights = torch.rand(tokens, num_slots).argsort(1)[:, :2], torch.rand(tokens, 2)
+    slots[::3, 0] = -1
+    expected = reference.grouped_experts_forward(hidden, w13, w2, slots, weights)
+    out = cpu.grouped_experts_forward(hidden, w13, w2, slots, weights)
+    assert (out - expected).norm() < 8e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 60, 130])
@@ -110,11 +122,15 @@ def test_input_is_left_alone(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 1, 1), (1, 7, 3), (37, 60, 4), (3, 5, 5)])
-def test_router_takes_the_most_probable_experts(tokens: int, num_experts: int, top_k: int, renormalize: bool) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "top_k"), [(1, 1, 1), (1, 7, 3), (37, 60, 4), (3, 5, 5), (1200, 60, 2)]
+)
+def test_router_takes_the_most_probable_experts(
+    kernels: ModuleType, tokens: int, num_experts: int, top_k: int, renormalize: bool
+) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 16), torch.randn(num_experts, 16)
-    experts, weights = route(hidden, weight, None, top_k, renormalize)
+    experts, weights = kernels.route(hidden, weight, None, top_k, renormalize)
     for t in range(tokens):
         probabilities = torch.softmax(weight @ hidden[t], 0)
         ranked = sorted(range(num_experts), key=lambda e: -probabilities[e].item())[:top_k]
@@ -123,8 +139,8 @@ def test_router_takes_the_most_probable_experts(tokens: int, num_experts: int, t
         torch.testing.assert_close(weights[t], expected)
 
 
-def test_router_bias_skews_the_choice() -> None:
+def test_router_bias_skews_the_choice(kernels: ModuleType) -> None:
     bias = torch.tensor([0.0, 50.0, 0.0, 40.0])
-    experts, weights = route(torch.randn(9, 6), torch.randn(4, 6), bias, 2, False)
+    experts, weights = kernels.route(torch.randn(9, 6), torch.randn(4, 6), bias, 2, False)
     assert experts.tolist() == [[1, 3]] * 9
     assert weights.dtype == torch.float32

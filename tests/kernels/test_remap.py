@@ -32,6 +32,8 @@ class Case:
     similarity: Tensor
     similarity_min: Tensor
     num_tokens: int
+    #: [E] bool: experts that are not there.
+    missing: Tensor
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +79,7 @@ def cases(draw: st.DrawFn) -> Case:
         similarity=(similarity * 8).round() / 8 if draw(st.booleans()) else similarity,
         similarity_min=torch.tensor(draw(st.sampled_from([0.0, 0.5, 0.9]))),
         num_tokens=draw(st.integers(0, rows)) if draw(st.booleans()) else rows,
+        missing=torch.zeros(num_experts, dtype=torch.bool),
     )
 
 
@@ -86,7 +89,8 @@ def remap(case: Case, mechanism: str, ranking: str = "count", renormalize: bool 
     results = []
     for kernels in (reference, cpu):
         replaced = torch.zeros(rows, dtype=torch.int32)
-        tables = (torch.arange(case.num_experts), case.thresholds, case.token_class)
+        own_slots = torch.where(case.missing, -1, torch.arange(case.num_experts))
+        tables = (own_slots, case.thresholds, case.token_class)
         num_tokens = torch.tensor(case.num_tokens) if case.num_tokens < rows else None
         if mechanism in KEPT_SET:
             slots, weights = kernels.remap_experts(
@@ -158,6 +162,7 @@ def example(thresholds: tuple[float, ...], token_class: tuple[int, ...] = (1, 1,
         similarity=torch.zeros(6, 6),
         similarity_min=torch.tensor(0.0),
         num_tokens=5,
+        missing=torch.zeros(6, dtype=torch.bool),
     )
     return remap(case, "united")
 
@@ -341,3 +346,34 @@ def test_without_united_experts_nothing_is_replaced() -> None:
             slots, out = kernels.remap_experts(experts, weights, *tables)
             assert slots.tolist() == [[5, 4], [3, 5], [4, 3]]
             assert torch.equal(out, weights)
+
+
+@SETTINGS
+@given(cases(), st.integers(0, 2**32), st.sampled_from(["count", "gate_mass"]))
+def test_united_experts_serve_missing_ones_and_the_others_stay_at_theta_one(
+    case: Case, seed: int, ranking: str
+) -> None:
+    missing = torch.from_numpy(np.random.default_rng(seed).random(case.num_experts) < 0.4)
+    case = replace(case.with_thresholds(1.0, 1.0, 1.0, 1.0), missing=missing)
+    result = remap(case, "united", ranking)
+    here = torch.arange(len(case.experts)).unsqueeze(1) < case.num_tokens
+    absent = missing[case.experts] & here
+    assert torch.equal(result.replaced.long(), absent.sum(1))
+    assert torch.equal(result.slots[here & ~absent], case.experts[here & ~absent])
+    for t in range(case.num_tokens):
+        served = {case.united_slots[e].item() for e in case.experts[t].tolist() if missing[e]}
+        assert {slot for slot in result.slots[t].tolist() if slot >= case.num_experts} == served
+        torch.testing.assert_close(result.weights[t].sum(), case.weights[t].sum(), rtol=1e-6, atol=1e-6)
+
+
+@SETTINGS
+@given(cases(), st.integers(0, 2**32), st.sampled_from(KEPT_SET))
+def test_no_assignment_goes_to_a_missing_expert_under_any_threshold(case: Case, seed: int, mechanism: str) -> None:
+    missing = torch.from_numpy(np.random.default_rng(seed).random(case.num_experts) < 0.4)
+    plain, result = remap(case, mechanism), remap(replace(case, missing=missing), mechanism)
+    assert active(result).isdisjoint(torch.nonzero(missing).flatten().tolist())
+    rows = torch.arange(len(case.experts)) < case.num_tokens
+    absent = missing[case.experts].any(1) & rows
+    assert (result.replaced[absent] > 0).all()
+    if not missing[case.experts[rows]].any():
+        assert torch.equal(result.slots, plain.slots) and torch.equal(result.weights, plain.weights)

@@ -6,6 +6,8 @@ import re
 import msgspec
 import pytest
 
+from backend.brownout.profile import Level, Profile, write_profile
+from loadtest.quality import Quality, quality_path
 from loadtest.record import RequestRecord, Slo
 from loadtest.report.__main__ import main
 from loadtest.report.run_data import load_run
@@ -60,6 +62,8 @@ def test_a_page_of_two_runs_stands_alone(tmp_path, capsys):
     assert "dark&lt;1&gt;" in page and "dark<1>" not in page
     assert "100.0% of requests with “dark&lt;1&gt;”, 0.0% with “on”: 100% fewer" in page
     assert "Turned away: 3 of 30" in page and "Take care" not in page
+    assert "<span>100.0% → </span>0.0%" in page
+    assert "“dark&lt;1&gt;” and “on” dimmed while it was needed." in page
     pictures = {path.stem for path in (tmp_path / "report").glob("*.png")}
     assert {"arrivals", "first_token", "between_tokens", "violations", "thresholds", "lost", "throughput"} <= pictures
     assert page.count("<svg ") == len(pictures)
@@ -90,6 +94,22 @@ def test_a_folder_names_its_only_run(tmp_path):
     write(tmp_path, "only", 0.2)
     assert load_run(str(tmp_path)).name == "only"
     assert load_run(f"other={tmp_path}").name == "other"
+
+
+@pytest.mark.parametrize("known_by", ["profile", "quality"])
+def test_the_price_in_quality_is_said_and_drawn(tmp_path, known_by):
+    """From a profile beside the run over time; from a figure without a line."""
+    path = write(tmp_path, "on", 0.2)
+    levels = (Level("united", 0, 1.0, 1.0, 0.0, 9, 4, 1.0), Level("united", 8, 0.0, 0.0, 3.0, 9, 4, 0.7))
+    if known_by == "profile":
+        write_profile(tmp_path / "brownout-profile.json", Profile("ck", "f" * 32, 32, "letter", levels))
+    else:
+        quality = Quality(mean_loss_percent=1.5, max_loss_percent=1.5, measure="letter")
+        quality_path(path).write_bytes(msgspec.json.encode(quality))
+    assert main([str(path), "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "1.5% of right multiple-choice answers lost" in page
+    assert (tmp_path / "report" / "quality.png").is_file() == (known_by == "profile")
 
 
 def test_rates_hold_every_request_and_token(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backend.experts.options import PoolOptions
 from backend.kernels import reference
 from backend.models import load_model
 from backend.models.model import MoeModel
@@ -65,3 +66,13 @@ def test_experts_in_eight_bits_are_near(model: MoeModel) -> None:
     error = float((found - expected).norm() / expected.norm())
     assert 0 < error < 0.06, "e4m3 has 3 bits behind the point"
     assert model.weight_bytes() + model.united_bytes() < before
+
+
+def test_slots_of_a_resident_pool_stay_as_they_are() -> None:
+    """Numbers of slots beyond the united experts' stand for experts that are late there."""
+    pool = PoolOptions("resident", "0.5", "wait", "none")
+    model = load_model("dummy:tiny", device=torch.device("cpu"), pool=pool)
+    before = [len(block.experts.w13) for block in model.moe_blocks]
+    model.fold_shared_experts()
+    assert [len(block.experts.w13) for block in model.moe_blocks] == before
+    assert all(block.num_shared_slots == 0 for block in model.moe_blocks)

@@ -61,7 +61,7 @@ def engine_process(server: RunningServer) -> psutil.Process:
 
 
 def engine_processes(server: RunningServer) -> list[psutil.Process]:
-    return [process for process in descendants(server) if "backend.serving.engine_process" in _command(process)]
+    return [process for process in descendants(server) if "backend.serving.engine_process" in command_of(process)]
 
 
 def stub_process(server: RunningServer, model: str) -> psutil.Process:
@@ -73,7 +73,7 @@ def stub_process(server: RunningServer, model: str) -> psutil.Process:
 
 def resident_bytes(server: RunningServer) -> int:
     """Memory of the stubs and the engine."""
-    own = [p for p in descendants(server) if "triton_python_backend_stub" in " ".join(_command(p))]
+    own = [p for p in descendants(server) if "triton_python_backend_stub" in " ".join(command_of(p))]
     return sum(process.memory_info().rss for process in [*own, *engine_processes(server)])
 
 
@@ -86,7 +86,8 @@ def runtime_dir(server: RunningServer) -> Path:
     return Path(engine_process(server).environ()["BROWNOUT_RUNTIME_DIR"])
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; empty if it has ended."""
     try:
         return process.cmdline()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):

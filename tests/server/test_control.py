@@ -68,12 +68,18 @@ def followed(client: BrownoutClient, version: int) -> bool:
     return len(telemetry) == 2 and all(entry["settings_version"] == version for entry in telemetry)
 
 
+def mode_in(log: Path) -> str:
+    """What the controller that writes this event log is doing."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return json.loads(lines[-1])["mode"] if lines else ""
+
+
 @contextlib.contextmanager
 def controller(server: RunningServer, *arguments: str, token: str = TOKEN) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "controller", "--triton", server.grpc, "--ttft-slo", "0.5", "--itl-slo", "0.1"]
-    command += ["--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0", "--period", "0.1", *arguments]
+    command += ["--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0", "--period", "0.1", "--lease", "1"]
     process = subprocess.Popen(
-        command,
+        [*command, *arguments],
         cwd=PRODUCT_ROOT,
         env=os.environ | {"BROWNOUT_CONTROL_TOKEN": token},
         stderr=subprocess.PIPE,
@@ -121,7 +127,7 @@ def test_a_killed_controllers_settings_end_and_another_takes_over(
     controlled: RunningServer, plane: BrownoutClient
 ) -> None:
     stream = HttpStream(controlled, LONG)
-    with controller(controlled, "--lease", "1") as process:
+    with controller(controlled) as process:
         wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
         with pytest.raises(Held, match="held by 'sidecar' for another"):
             plane.call(**DIM, owner="test")
@@ -131,6 +137,55 @@ def test_a_killed_controllers_settings_end_and_another_takes_over(
     plane.call(owner="test", lease_s=0)
     assert sum(response.get("text_output") is not None for response in stream) > 0
     stream.close()
+
+
+def test_of_two_controllers_one_is_in_charge_and_the_other_takes_over(
+    controlled: RunningServer, plane: BrownoutClient, tmp_path: Path
+) -> None:
+    log = tmp_path / "events.jsonl"
+    with controller(controlled) as first:
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        with controller(controlled, "--owner", "second", "--log", str(log)):
+            wait_until(lambda: mode_in(log) == "standby", 20, "standing by")
+            assert owner_of(plane) == "sidecar"
+            first.kill()
+            wait_until(lambda: owner_of(plane) == "second", 5, "taken over")
+
+
+def test_a_frozen_engine_is_held_for_then_handed_back_and_taken_up_again(
+    controlled: RunningServer, plane: BrownoutClient, tmp_path: Path
+) -> None:
+    log = tmp_path / "events.jsonl"
+    engine = engine_processes(controlled)[0]
+    with controller(controlled, "--stale-after", "0.5", "--hand-back-after", "1", "--log", str(log)):
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        engine.suspend()
+        try:
+            wait_until(lambda: mode_in(log) == "hold", 5, "held")
+            assert owner_of(plane) == "sidecar"
+            wait_until(lambda: mode_in(log) == "handed_back", 5, "handed back")
+            assert owner_of(plane) is None
+        finally:
+            engine.resume()
+        wait_until(lambda: owner_of(plane) == "sidecar", 5, "in charge again")
+
+
+def test_a_suspended_controller_finds_its_lease_gone_and_starts_from_what_holds(
+    controlled: RunningServer, plane: BrownoutClient, tmp_path: Path
+) -> None:
+    """As after a clock that jumped: whatever it thought of the time, the server's lease decides."""
+    log = tmp_path / "events.jsonl"
+    with controller(controlled, "--log", str(log)) as process:
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: owner_of(plane) is None, 5, "ended")
+        plane.call(**DIM, owner="test", lease_s=1)
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: mode_in(log) == "standby", 5, "standing by")
+        wait_until(lambda: owner_of(plane) == "sidecar", 5, "in charge again")
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert max(event["dt_s"] for event in events) <= 0.2 + 1e-9
+    assert next(event["resumed"] for event in events if event.get("resumed")) == [1.0, 1.0]
 
 
 def test_a_controller_hands_back_when_told_to_end(
@@ -175,7 +230,7 @@ def test_far_too_many_requests_are_refused_early_and_each_ends_once(
     assert served + len(refused) == 60, set(answers)
     assert served >= 4
     assert refused
-    assert all(f"more than {SHED_TTFT_S} s (shed_ttft_s); retry in about" in answer for answer in refused)
+    assert all(f"too late for {SHED_TTFT_S} s (shed_ttft_s); retry in about" in answer for answer in refused)
     assert sum(entry["requests_shed"] for entry in plane.call()["telemetry"]) == len(refused)
 
 

@@ -29,6 +29,8 @@ from tests.server.observe import engine_process, read_metric, wait_idle, wait_un
 
 pytestmark = pytest.mark.server
 
+#: Of the engine, and the requests that are sent ten times a second before, in and after it.
+STALL_S, NUMBER = 5.0, 70
 ARRIVALS = "step:base=8,duration=3"
 LOAD = ["--arrivals", ARRIVALS, "--seed", "5", "--input-tokens", "4-12", "--output-tokens", "2-9"]
 
@@ -70,6 +72,33 @@ def test_records_add_up_and_agree_with_the_servers_counters(server: RunningServe
         assert (a.id, a.text, a.input_tokens, a.output_tokens) == (b.id, b.text, b.input_tokens, b.output_tokens)
 
 
+def test_refused_and_failed_requests_add_up_too(small_server: RunningServer) -> None:
+    """Two run, three may wait; every fourth gives up soon, which to its client is a failure."""
+
+    def counters() -> Counter:
+        names = ("completed", "rejected", "timeout")
+        return Counter({name: int(read_metric(small_server, "moe_requests_total", outcome=name)) for name in names})
+
+    async def load() -> list[RequestRecord]:
+        async with Clients(small_server.http, small_server.grpc) as clients:
+
+            def send(number: int, arrival: Arrival, intended_s: float):
+                sampling = {"max_tokens": arrival.output_tokens, "ignore_eos": True}
+                if number % 4 == 3:
+                    sampling["timeout_s"] = 0.05
+                ask = clients.http_stream if number % 2 else clients.grpc_stream
+                return ask(number, f"request {number}", sampling, intended_s)
+
+            return await send_open_loop([(n, Arrival(0.01 * n, 4, 60)) for n in range(16)], send)
+
+    before = counters()
+    counts = Counter(record.outcome for record in asyncio.run(load()))
+    assert counts.total() == 16 and min(counts[name] for name in ("completed", "rejected", "failed")) > 0, counts
+    expected = Counter(completed=counts["completed"], rejected=counts["rejected"], timeout=counts["failed"])
+    wait_until(lambda: (counters() - before).total() >= 16, 5, "counted by the server")
+    assert counters() - before == expected
+
+
 def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServer) -> None:
     """A closed loop would send nothing during the stall and report one slow request."""
     engine = engine_process(server)
@@ -78,7 +107,7 @@ def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServ
     def stall() -> None:
         engine.send_signal(signal.SIGSTOP)
         stalled["from"] = time.monotonic()
-        time.sleep(1.5)
+        time.sleep(STALL_S)
         stalled["until"] = time.monotonic()
         engine.send_signal(signal.SIGCONT)
 
@@ -89,7 +118,7 @@ def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServ
                 sampling = {"max_tokens": arrival.output_tokens, "ignore_eos": True}
                 return clients.http_stream(number, f"request {number}", sampling, intended_s)
 
-            arrivals = [(number, Arrival(0.1 * number, 4, 2)) for number in range(25)]
+            arrivals = [(number, Arrival(0.1 * number, 4, 2)) for number in range(NUMBER)]
             timer = threading.Timer(0.7, stall)
             timer.start()
             records = await send_open_loop(arrivals, send)
@@ -97,9 +126,9 @@ def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServ
             return records
 
     records = asyncio.run(load())
-    assert [record.outcome for record in records] == ["completed"] * 25
+    assert [record.outcome for record in records] == ["completed"] * NUMBER
     caught = [r for r in records if stalled["from"] < r.intended_start_s < stalled["until"]]
-    assert len(caught) >= 5
+    assert len(caught) == sum(stalled["from"] < r.start_s < stalled["until"] for r in records) >= 10 * STALL_S - 2
     for record in caught:
         assert record.ttft_s > stalled["until"] - record.intended_start_s
 

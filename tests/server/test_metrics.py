@@ -27,6 +27,11 @@ DOCUMENTED = {
     "moe_brownout_threshold": ("gauge", {"phase"}),
     "moe_active_slots": ("gauge", set()),
     "moe_united_assignment_ratio": ("gauge", set()),
+    "moe_resident_expert_ratio": ("gauge", set()),
+    "moe_expert_misses_total": ("counter", set()),
+    "moe_expert_stalls_total": ("counter", set()),
+    "moe_expert_prefetch_hits_total": ("counter", set()),
+    "moe_expert_moved_bytes_total": ("counter", set()),
 }
 ENGINE_WIDE = (
     "moe_preemptions_total",
@@ -35,6 +40,11 @@ ENGINE_WIDE = (
     "moe_brownout_threshold",
     "moe_active_slots",
     "moe_united_assignment_ratio",
+    "moe_resident_expert_ratio",
+    "moe_expert_misses_total",
+    "moe_expert_stalls_total",
+    "moe_expert_prefetch_hits_total",
+    "moe_expert_moved_bytes_total",
 )
 
 

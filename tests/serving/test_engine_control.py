@@ -17,7 +17,9 @@ from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError
+from backend.serving import engine_control
 from backend.serving.engine_control import EngineControl
+from tests.controller.readings import measured_steps
 
 DIM = Settings(threshold_prefill=0.5, threshold_decode=0.25, mechanism="drop")
 
@@ -117,3 +119,18 @@ def test_a_restarted_engine_is_told_from_the_one_before(engine: Engine, block: B
         control = EngineControl(engine, block, 0, generation)
         control.publish()
         assert block.read_telemetry(0)["generation"] == generation
+
+
+def test_refusals_come_earlier_when_first_tokens_come_late(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The margin grows while more than its share of those accepted are late, and shrinks again, within bounds."""
+    control = EngineControl(
+        engine := Engine(EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=64, shed_ttft_s=1.0)), block, 0, 1
+    )
+    margins = []
+    monkeypatch.setattr(engine, "shed", lambda model, limit_s, floor, margin: margins.append(margin) or [])
+    monkeypatch.setattr(engine_control, "_SHED_PERIOD_S", 0.0)
+    control._model.learn(measured_steps(count=20))
+    for served in ([0.9], [1.1] * 5, [1.1] * 100, [0.9] * 2000):
+        control.served(served, [])
+        control.shed()
+    assert margins == [0.15, pytest.approx(0.248), 0.5, 0.15]

@@ -90,6 +90,17 @@ def test_engine_counters_go_on_after_an_engine_restart():
     assert pb_utils.metrics["moe_preemptions_total",].value == 10
 
 
+def test_expert_pool_is_reported():
+    pb_utils = FakePbUtils()
+    metrics = Metrics(pb_utils, "moe_llm", "1", engine_wide=True)
+    for misses in (3, 10):
+        counts = {"expert_misses": misses, "expert_stalls": 2, "expert_prefetch_hits": 4, "expert_bytes_moved": 5000}
+        metrics.flush([make_stats(resident_share=0.5, **counts), make_stats()])
+    names = ("resident_expert_ratio", "expert_misses_total", "expert_stalls_total", "expert_prefetch_hits_total")
+    assert [pb_utils.metrics[f"moe_{name}",].value for name in names] == [0.75, 10, 2, 4]
+    assert pb_utils.metrics["moe_expert_moved_bytes_total",].value == 5000
+
+
 def test_only_one_model_reports_what_the_engine_shares():
     pb_utils = FakePbUtils()
     Metrics(pb_utils, "moe_llm_infer", "1", engine_wide=False).flush([make_stats(kv_usage_ratio=0.5)])

@@ -17,13 +17,14 @@ from backend.kernels.cpu.compiled import FAST_MATH, kernel, two_rows
 
 #: Numbers that one instruction multiplies.
 LANES = 32
-_SUMS = 16
+#: Sums that it makes of them.
+SUMS = 16
 #: Weights are fetched so many numbers before their use: the processor alone fetches too late.
 _AHEAD = 3072
 
-_FLOAT, _BITS, _INDEX = ir.FloatType(), ir.IntType(16), ir.IntType(64)
-_SUM_VECTOR, _BITS_VECTOR = ir.VectorType(_FLOAT, _SUMS), ir.VectorType(_BITS, LANES)
-_EVEN, _ODD = list(range(0, 2 * _SUMS, 2)), list(range(1, 2 * _SUMS, 2))
+FLOAT, BITS, INDEX = ir.FloatType(), ir.IntType(16), ir.IntType(64)
+SUM_VECTOR, BITS_VECTOR = ir.VectorType(FLOAT, SUMS), ir.VectorType(BITS, LANES)
+_EVEN, _ODD = list(range(0, 2 * SUMS, 2)), list(range(1, 2 * SUMS, 2))
 
 
 class _BFloat16(ir.Type):
@@ -33,7 +34,7 @@ class _BFloat16(ir.Type):
         return "bfloat"
 
 
-_NUMBER_VECTOR = ir.VectorType(_BFloat16(), LANES)
+NUMBER_VECTOR = ir.VectorType(_BFloat16(), LANES)
 
 
 def multiplies(weight: Tensor) -> bool:
@@ -51,9 +52,24 @@ def narrow(_context, value):
         bits = builder.bitcast(arguments[0], wide)
         odd = builder.and_(builder.lshr(bits, ir.Constant(wide, 16)), ir.Constant(wide, 1))
         rounded = builder.add(bits, builder.add(odd, ir.Constant(wide, 0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, ir.Constant(wide, 16)), _BITS)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(wide, 16)), BITS)
 
     return types.uint16(types.float32), generate
+
+
+def product_of(builder: ir.IRBuilder) -> ir.Function:
+    """The instruction: sums [16] float32, two vectors of 32 numbers -> the sums plus the products, two to a sum."""
+    kind = ir.FunctionType(SUM_VECTOR, [SUM_VECTOR, NUMBER_VECTOR, NUMBER_VECTOR])
+    return cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+
+
+def prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
+    """Have the cache line at a pointer fetched into the second-level cache; the address need not exist."""
+    byte_pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, flag, flag, flag])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # For reading, into the second-level cache, data.
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), *(ir.Constant(flag, i) for i in (0, 2, 1))])
 
 
 def _rows_against(count: int):
@@ -74,14 +90,14 @@ def _rows_against(count: int):
             length = builder.extract_value(v_array.shape, 0)
             first = builder.mul(t_value, length)
             starts = [
-                builder.gep(x_array.data, [builder.add(first, builder.mul(length, ir.Constant(_INDEX, row)))])
+                builder.gep(x_array.data, [builder.add(first, builder.mul(length, ir.Constant(INDEX, row)))])
                 for row in range(count)
             ]
             sums = _loop(builder, v_array.data, w_array.data, starts, length)
-            totals = _totals(builder, sums)
+            found = totals(builder, sums)
             for part, array in ((0, a_array), (1, b_array)):
                 lanes = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(part * count, (part + 1) * count)))
-                chosen = builder.shuffle_vector(totals, totals, lanes)
+                chosen = builder.shuffle_vector(found, found, lanes)
                 target = builder.gep(array.data, [i_value])
                 builder.store(chosen, builder.bitcast(target, chosen.type.as_pointer()), align=4)
             return context.get_dummy_value()
@@ -93,34 +109,23 @@ def _rows_against(count: int):
 
 def _loop(builder: ir.IRBuilder, v, w, rows, length):
     """The partial sums of v with each row, then of w with each: the loop over the rows' length."""
-    product = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(_SUM_VECTOR, [_SUM_VECTOR, _NUMBER_VECTOR, _NUMBER_VECTOR]),
-        "llvm.x86.avx512bf16.dpbf16ps.512",
-    )
+    product = product_of(builder)
 
     def load(start, at):
-        pointer = builder.bitcast(builder.gep(start, [at]), _BITS_VECTOR.as_pointer())
-        return builder.bitcast(builder.load(pointer, align=2), _NUMBER_VECTOR)
-
-    byte_pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-    prefetch = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [byte_pointer, flag, flag, flag]), "llvm.prefetch.p0"
-    )
+        pointer = builder.bitcast(builder.gep(start, [at]), BITS_VECTOR.as_pointer())
+        return builder.bitcast(builder.load(pointer, align=2), NUMBER_VECTOR)
 
     def fetch(start, at):
-        ahead = builder.gep(start, [builder.add(at, ir.Constant(_INDEX, _AHEAD))])
-        # For reading, into the second-level cache, data.
-        builder.call(prefetch, [builder.bitcast(ahead, byte_pointer), *(ir.Constant(flag, i) for i in (0, 2, 1))])
+        prefetch(builder, builder.gep(start, [builder.add(at, ir.Constant(INDEX, _AHEAD))]))
 
     before = builder.block
     body, after = builder.append_basic_block("dots"), builder.append_basic_block("dots.end")
-    zero = ir.Constant(_SUM_VECTOR, [0.0] * _SUMS)
+    zero = ir.Constant(SUM_VECTOR, [0.0] * SUMS)
     builder.branch(body)
     builder.position_at_end(body)
-    at = builder.phi(_INDEX)
-    at.add_incoming(ir.Constant(_INDEX, 0), before)
-    sums = [builder.phi(_SUM_VECTOR) for _ in range(2 * len(rows))]
+    at = builder.phi(INDEX)
+    at.add_incoming(ir.Constant(INDEX, 0), before)
+    sums = [builder.phi(SUM_VECTOR) for _ in range(2 * len(rows))]
     for value in sums:
         value.add_incoming(zero, before)
     fetch(v, at)
@@ -129,7 +134,7 @@ def _loop(builder: ir.IRBuilder, v, w, rows, length):
     parts = [load(row, at) for row in rows]
     new = [builder.call(product, [s, v_part, part]) for s, part in zip(sums, parts, strict=False)]
     new += [builder.call(product, [s, w_part, part]) for s, part in zip(sums[len(rows) :], parts, strict=True)]
-    following = builder.add(at, ir.Constant(_INDEX, LANES))
+    following = builder.add(at, ir.Constant(INDEX, LANES))
     at.add_incoming(following, body)
     for value, update in zip(sums, new, strict=True):
         value.add_incoming(update, body)
@@ -138,11 +143,11 @@ def _loop(builder: ir.IRBuilder, v, w, rows, length):
     return new
 
 
-def _totals(builder: ir.IRBuilder, sums):
+def totals(builder: ir.IRBuilder, sums):
     """One vector with each partial sum's total, in order: neighbours are added in pairs until one lane is left of each."""
-    mask_type = ir.VectorType(ir.IntType(32), _SUMS)
+    mask_type = ir.VectorType(ir.IntType(32), SUMS)
     even, odd = ir.Constant(mask_type, _EVEN), ir.Constant(mask_type, _ODD)
-    lanes = _SUMS
+    lanes = SUMS
     while lanes > 1:
         pairs = zip(sums[::2], sums[1::2], strict=True) if len(sums) > 1 else [(sums[0], sums[0])]
         sums = [builder.fadd(builder.shuffle_vector(p, q, even), builder.shuffle_vector(p, q, odd)) for p, q in pairs]

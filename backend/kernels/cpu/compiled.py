@@ -31,6 +31,8 @@ exact_kernel = partial(njit, error_model="numpy", cache=True)
 parallel_kernel = partial(njit, fastmath=FAST_MATH, cache=True, parallel=True, nogil=True)
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
+#: Numbers up to which a pass over them is done by one thread: waking the others takes longer.
+FEW_NUMBERS = 2**16
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -40,6 +42,11 @@ def as_array(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.float16:
         return tensor.view(torch.int16).numpy()
     return tensor.numpy()
+
+
+def words(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory as uint32: 16-bit numbers in pairs."""
+    return tensor.view(torch.int32).numpy().view(np.uint32)
 
 
 @intrinsic

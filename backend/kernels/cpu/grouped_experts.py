@@ -1,4 +1,4 @@
-"""Grouped expert MLPs for few rows per slot, compiled; many rows go to matrix products."""
+"""Grouped expert MLPs, compiled for few rows per slot and, in bfloat16, for many; else many rows go to matrix products."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from backend.kernels.cpu import bfloat16
 from backend.kernels.cpu.bfloat16 import put, rows_times
-from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, widen
+from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, words
 from backend.kernels.cpu.linear import matmul_into
+from backend.kernels.cpu.panel_layers import mlp_panels, panels_of_slots, pays
+from backend.kernels.cpu.panels import TOKENS
 from backend.kernels.reference.grouped_experts import grouped_experts_forward as reference
 
-#: Average rows per active slot up to which the compiled kernel is faster than matrix products; with bfloat16 units it stays so longer.
-FEW_ROWS, FEW_BFLOAT16_ROWS = 24, 64
+#: Average rows per active slot up to which the compiled kernel is faster than matrix products.
+FEW_ROWS = 24
 #: Rows of x that meet a weight row together: they stay in the first-level cache while the weights pass.
 _CHUNK = 32
 
@@ -36,38 +38,60 @@ def grouped_experts_forward(
     if scales is not None:  # weights of 8 bits are for GPUs
         return reference(hidden, w13, w2, slots, weights, scales)
     out = torch.empty(hidden.shape)
-    direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
     # By the slots in use: united experts that no token needs change nothing, not even in the last bit.
     active, span, order = sort_by_slot(slots.contiguous().numpy(), w13.shape[0])
-    few = len(order) <= (FEW_BFLOAT16_ROWS if direct else FEW_ROWS) * len(active)
-    x = hidden.to(w13.dtype if direct else torch.float32).contiguous()
-    y = (_few_rows if few else _many_rows)(x, w13, w2, active, span, order, slots.shape[1])
-    _combine(y, order, weights.contiguous().numpy(), out.numpy())
+    y, rows = slot_outputs(hidden, w13, w2, active, span, order, slots.shape[1])
+    _combine(y, rows, order, weights.contiguous().numpy(), out.numpy())
     return out.to(hidden.dtype)
+
+
+def slot_outputs(
+    hidden: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the slots make of their assignments (see sort_by_slot): y [rows, M] and each assignment's row in it [A]."""
+    direct = bfloat16.multiplies(w13) and bfloat16.multiplies(w2)
+    x = hidden.to(w13.dtype if direct else torch.float32).contiguous()
+    if direct:
+        first, rows = panels_of_slots(span)
+        if pays(len(order), int(first[-1])):
+            return _panels(x, w13, w2, active, span, order, top_k, first), rows
+    few = direct or len(order) <= FEW_ROWS * len(active)
+    outputs = _few_rows if few else _many_rows
+    return outputs(x, w13, w2, active, span, order, top_k), np.arange(len(order))
+
+
+def _panels(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    active: np.ndarray,
+    span: np.ndarray,
+    order: np.ndarray,
+    top_k: int,
+    first: np.ndarray,
+) -> np.ndarray:
+    count, hidden, size = int(first[-1]), w2.shape[1], w2.shape[2]
+    panels, act = (torch.empty(count, length // 2, TOKENS, dtype=torch.int32) for length in (hidden, size))
+    y = torch.empty(count * TOKENS, hidden).numpy()
+    weights = as_array(w13), as_array(w2)
+    mlp_panels(words(x), *weights, words(panels), words(act), y, active, span, first, order, top_k, get_num_threads())
+    return y
 
 
 def _many_rows(
     x: Tensor, w13: Tensor, w2: Tensor, active: np.ndarray, span: np.ndarray, order: np.ndarray, top_k: int
 ) -> np.ndarray:
-    """A pair of matrix products for each slot, over its assignments laid end to end."""
+    """A pair of matrix products for each slot, over its assignments laid end to end, in float32."""
     size = w2.shape[2]
     spans = list(zip(active.tolist(), span[:-1].tolist(), span[1:].tolist(), strict=True))
     rows = x.index_select(0, torch.from_numpy(order // top_k))
     gate_up, y = rows.new_empty(len(order), 2 * size), torch.empty_like(rows)
     for slot, begin, end in spans:
-        _multiply(rows[begin:end], w13[slot], gate_up[begin:end])
+        matmul_into(rows[begin:end], w13[slot], gate_up[begin:end])
     act = F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
     for slot, begin, end in spans:
-        _multiply(act[begin:end], w2[slot], y[begin:end])
-    return as_array(y)
-
-
-def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """In the weights' type where x has it, else in float32."""
-    if x.dtype == weight.dtype == torch.bfloat16:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        matmul_into(x, weight, out)
+        matmul_into(act[begin:end], w2[slot], y[begin:end])
+    return y.numpy()
 
 
 def _few_rows(
@@ -160,12 +184,15 @@ def _slot_outputs(x, w13, w2, rows, act, y, active, span, order, top_k, parts):
 
 
 @parallel_kernel
-def _combine(y, order, weights, out):
-    """out [T, M] = sum over k of weights[t, k] * y of that assignment; skipped assignments add nothing."""
+def _combine(y, rows, order, weights, out):
+    """out [T, M] = sum over k of weights[t, k] * y of that assignment; skipped assignments add nothing.
+
+    The assignment order[i] has row rows[i] of y.
+    """
     num_tokens, top_k = weights.shape
     place = np.full(num_tokens * top_k, -1, np.int64)
     for i in range(order.shape[0]):
-        place[order[i]] = i
+        place[order[i]] = rows[i]
     for t in prange(num_tokens):
         total = out[t]
         total[:] = ZERO
@@ -174,4 +201,4 @@ def _combine(y, order, weights, out):
             if i >= 0:
                 weight = weights[t, k]
                 for m in range(total.shape[0]):
-                    total[m] += weight * widen(y[i, m])
+                    total[m] += weight * y[i, m]

@@ -10,12 +10,15 @@ import threading
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import get_num_threads, prange
 from torch import Tensor
 
 from backend.kernels.cpu import bfloat16
 from backend.kernels.cpu.bfloat16 import rows_times
-from backend.kernels.cpu.compiled import as_array, parallel_kernel
+from backend.kernels.cpu.compiled import as_array, parallel_kernel, words
+from backend.kernels.cpu.panel_layers import matrix_panels, pays
+from backend.kernels.cpu.panels import ROWS, TOKENS
 
 #: Rows up to which the compiled kernel beats widening 16-bit weights for a float32 product.
 FEW_ROWS = 48
@@ -29,10 +32,22 @@ _scratch = threading.local()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in], weight [out, in] of any floating type, bias [out] of x's type -> [T, out] of x's type."""
-    out = torch.empty(x.shape[0], weight.shape[0])
-    matmul_into(x.float(), weight, out)
+    if _fits_panels(x, weight):
+        out = _panels(x, weight)
+    else:
+        out = torch.empty(x.shape[0], weight.shape[0])
+        matmul_into(x.float(), weight, out)
     out = out.to(x.dtype)
     return out if bias is None else out.add_(bias)
+
+
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear` without a bias, but x is never rounded to the weights' type: for outputs that decide between alternatives."""
+    if weight.dtype == torch.float32 or len(x) > FEW_ROWS:
+        return F.linear(x.float(), weight.float())
+    out = torch.empty(len(x), weight.shape[0])
+    _few_rows(as_array(x.float().contiguous()), as_array(weight), out.numpy(), get_num_threads())
+    return out
 
 
 def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -52,6 +67,23 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
             piece = weight[start : start + step]
             widened = buffer[: piece.numel()].view(piece.shape).copy_(piece)
             _multiply(x, widened, out[:, start : start + step])
+
+
+def _fits_panels(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are enough rows for panels, but not enough for a library's matrix product."""
+    rows = len(x)
+    if rows > FEW_ROWS or weight.shape[0] % ROWS or not bfloat16.multiplies(weight):
+        return False
+    return pays(rows, -(-rows // TOKENS))
+
+
+def _panels(x: Tensor, weight: Tensor) -> Tensor:
+    count = -(-len(x) // TOKENS)
+    panels = torch.empty(count, weight.shape[1] // 2, TOKENS, dtype=torch.int32)
+    y = torch.empty(count * TOKENS, weight.shape[0])
+    x = x.to(weight.dtype).contiguous()
+    matrix_panels(words(x), as_array(weight), words(panels), y.numpy(), get_num_threads())
+    return y[: len(x)]
 
 
 @parallel_kernel

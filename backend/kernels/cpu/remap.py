@@ -31,7 +31,7 @@ def remap_experts(
     replaced: Tensor | None = None,  # [T] int32, in place
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    if num_tokens is None and min(thresholds.tolist()) >= 1.0:
+    if num_tokens is None and min(thresholds.tolist()) >= 1.0 and expert_slots.numpy().min() >= 0:
         return expert_slots[experts], weights
     slots = torch.empty_like(experts, memory_format=torch.contiguous_format)
     out = torch.empty_like(weights, memory_format=torch.contiguous_format)
@@ -136,16 +136,20 @@ def _remap(
             for f in range(num_experts):
                 ahead = demand[f] > demand[e] or (demand[f] == demand[e] and f < e)
                 before += demand[f] if ahead else 0
-            kept[e] = before << FRACTION_BITS < theta[e] * total
+            kept[e] = expert_slots[e] >= 0 and before << FRACTION_BITS < theta[e] * total
             moved[e] = not kept[e]
     if mechanism == _UNITED:
-        _unite(moved, united_slots, target)
+        _unite(moved, united_slots, expert_slots, target)
     elif mechanism == _REROUTE:
         _reroute(moved, kept, similarity, similarity_min, expert_slots, target)
     else:
         for e in range(num_experts):
             if moved[e]:
                 target[e] = -1
+    for e in range(num_experts):
+        if expert_slots[e] < 0:
+            moved[e] = demand[e] > 0
+            target[e] = united_slots[e]
 
     for t in range(num_tokens):
         num_moved = 0
@@ -165,8 +169,8 @@ def _remap(
 
 
 @exact_kernel
-def _unite(moved, united_slots, target):
-    """Move the experts of groups where two or more are to be moved; the others stay."""
+def _unite(moved, united_slots, expert_slots, target):
+    """Move the experts of groups where two or more are to be moved, and those that are not there; the others stay."""
     num_slots = 0
     for e in range(len(moved)):
         num_slots = max(num_slots, united_slots[e] + 1)
@@ -174,7 +178,7 @@ def _unite(moved, united_slots, target):
     for e in range(len(moved)):
         size[united_slots[e]] += moved[e]
     for e in range(len(moved)):
-        moved[e] = moved[e] and size[united_slots[e]] >= 2
+        moved[e] = moved[e] and (expert_slots[e] < 0 or size[united_slots[e]] >= 2)
         if moved[e]:
             target[e] = united_slots[e]
 

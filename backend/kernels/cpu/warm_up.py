@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from backend.kernels import cpu
+from backend.kernels.cpu.compiled import FEW_NUMBERS
 from backend.kernels.cpu.nucleus import sample_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,20 +24,32 @@ def warm_up(dtype: torch.dtype) -> None:
     """Run each compiled kernel, the sampler's too, once; weights and KV cache are of this type."""
     slots, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     for size in (8, 32):  # lengths that bfloat16 instructions do not fit and do fit
-        cpu.linear(torch.zeros(1, size), torch.zeros(4, size, dtype=dtype))
-        w13, w2 = torch.zeros(1, 2 * size, size, dtype=dtype), torch.zeros(1, size, size, dtype=dtype)
-        for tokens in (1, 64):  # few and many rows
-            cpu.grouped_experts_forward(
-                torch.zeros(tokens, size), w13, w2, slots.expand(tokens, 1), weights.expand(tokens, 1)
-            )
+        matrix = torch.zeros(2 * size, size, dtype=dtype)
+        for tokens in (1, 16, 64):  # few and many rows
+            cpu.linear(torch.zeros(tokens, size), matrix)
+            args = torch.zeros(tokens, size), matrix[None], matrix[None, :size]
+            cpu.grouped_experts_forward(*args, slots.expand(tokens, 1), weights.expand(tokens, 1))
+        _warm_up_attention(dtype, size)
+    for tokens in (1, 2 * FEW_NUMBERS // 32):  # for one thread and for all
+        x, vector = torch.zeros(tokens, 32), torch.ones(32)
+        cpu.rms_norm(x, vector, 1.0)
+        cpu.add_rms_norm(x, x.clone(), vector, 1.0)
+        cpu.route(x, torch.zeros(32, 32, dtype=dtype), None, 1, False)
     tables = (torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(1, dtype=torch.int8))
     cpu.remap_experts(slots, weights, *tables)
     cpu.select_experts(slots, weights, *tables, scores=torch.ones(1, 1))
-    cache = torch.zeros(1, 1, 1, 8, dtype=dtype)
-    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    cpu.decode_attention(torch.zeros(1, 1, 8), cache, cache, table, lens, 1.0, None)
     share = np.ones(1)
     sample_rows(np.ones((1, 8), np.float32), np.zeros(1, np.int64), share / 2, share, share, share)
+
+
+def _warm_up_attention(dtype: torch.dtype, head_dim: int) -> None:
+    cache, table = torch.zeros(1, 8, 1, head_dim, dtype=dtype), torch.zeros(1, 1, dtype=torch.int32)
+    q, angles = torch.zeros(1, 1, head_dim), torch.zeros(1, head_dim // 2)
+    cpu.decode_attention(q, cache, cache, table, torch.ones(1, dtype=torch.int32), 1.0, None)
+    cpu.prefill_attention(q, cache, cache, table, [1], [1], 1.0, None)
+    for kv_heads in (1, 2 * FEW_NUMBERS // (3 * head_dim)):  # for one thread and for all
+        cache, heads = cache.new_zeros(1, 1, kv_heads, head_dim), torch.zeros(1, 3 * kv_heads, head_dim)
+        cpu.rotate_and_store(heads, angles, angles, cache, cache.clone(), torch.zeros(1, dtype=torch.int64))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from backend.kernels.gpu.attention_decode import decode_attention
 from backend.kernels.gpu.attention_prefill import prefill_attention
+from backend.kernels.gpu.gated_mlp import gated_mlp
 from backend.kernels.gpu.grouped_experts import grouped_experts_forward
 from backend.kernels.gpu.kv_store import rotate_and_store, store_kv
 from backend.kernels.gpu.linear import linear
@@ -16,6 +17,7 @@ __all__ = [
     "add_shared_slots",
     "apply_rope",
     "decode_attention",
+    "gated_mlp",
     "grouped_experts_forward",
     "linear",
     "prefill_attention",

@@ -72,7 +72,7 @@ def _remap_kernel(
     experts_ptr,  # [T, K] int64
     weights_ptr,  # [T, K] float32
     expert_slots_ptr,  # [E] int64
-    united_slots_ptr,  # [E] int64, read with UNITED
+    united_slots_ptr,  # [E] int64
     demand_ptr,  # [2, E] int64
     num_tokens_ptr,  # [] int, read with PADDED
     slots_ptr,  # [T, K] int64, written
@@ -100,15 +100,16 @@ def _remap_kernel(
         theirs = tl.load(demand_ptr + other, mask=other < num_experts, other=0)[None, :]
         above = (theirs > demand[:, None]) | ((theirs == demand[:, None]) & (other[None, :] < expert[:, None]))
         before += tl.sum(tl.where(above, theirs, 0), 1)
-    given_up = (demand > 0) & ((before << _BITS) >= theta * tl.sum(demand, 0))
-    target = tl.load(expert_slots_ptr + expert, mask=known, other=-1).to(tl.int32)
+    target = tl.load(expert_slots_ptr + expert, mask=known, other=0).to(tl.int32)
+    missing = target < 0
+    given_up = (demand > 0) & (missing | ((before << _BITS) >= theta * tl.sum(demand, 0)))
+    united = tl.load(united_slots_ptr + expert, mask=known, other=-1).to(tl.int32)
     if UNITED:
-        united = tl.load(united_slots_ptr + expert, mask=known, other=-1).to(tl.int32)
         partners = tl.sum(((united[:, None] == united[None, :]) & given_up[None, :]).to(tl.int32), 1)
-        given_up = given_up & (partners >= 2)
+        given_up = given_up & (missing | (partners >= 2))
         target = tl.where(given_up, united, target)
     else:
-        target = tl.where(given_up, -1, target)
+        target = tl.where(given_up, tl.where(missing, united, -1), target)
     # One table for both: slots are at least -1, so slot + 1 and the mark fit into one number.
     table = (target + 1) * 2 + given_up.to(tl.int32)
 
@@ -144,7 +145,7 @@ def _remap_kernel(
 def remap_experts(
     experts: Tensor,  # [T, K] int64, the router's choice, no expert twice in a row
     weights: Tensor,  # [T, K] float32, gate weights
-    expert_slots: Tensor,  # [E] int64, slot of each expert's original weights
+    expert_slots: Tensor,  # [E] int64, slot of each expert's original weights; -1: they are not there
     thresholds: Tensor,  # [classes] float32 between 0 and 1, this layer's theta per token class
     token_class: Tensor,  # [T] int8, index into thresholds
     num_tokens: Tensor | None = None,  # [] int, rows from here on are padding; None: there are none
@@ -170,6 +171,7 @@ def remap_experts(
             num_tokens,
             mechanism=mechanism,
             ranking=ranking,
+            united_slots=united_slots,
             similarity=similarity,
             similarity_min=similarity_min,
             replaced=replaced,

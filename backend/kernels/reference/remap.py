@@ -24,7 +24,7 @@ LARGEST_WEIGHT = 1024.0
 def remap_experts(
     experts: Tensor,  # [T, K] int64, the router's choice, no expert twice in a row
     weights: Tensor,  # [T, K] float32, gate weights
-    expert_slots: Tensor,  # [E] int64, slot of each expert's original weights
+    expert_slots: Tensor,  # [E] int64, slot of each expert's original weights; -1: they are not there (needs united_slots)
     thresholds: Tensor,  # [classes] float32 between 0 and 1, this layer's theta per token class
     token_class: Tensor,  # [T] int8, index into thresholds
     num_tokens: Tensor | None = None,  # [] int, rows from here on are padding; None: there are none
@@ -49,6 +49,9 @@ def remap_experts(
       as `similarity_min`; else, and with theta = 0, where nothing is kept, it stays;
     - `drop`: by nothing.
 
+    An expert that is not there (slot -1) is never kept and counts among those that are not; whatever the mechanism its group's
+    united expert serves it, also if it is alone.
+
     Assignments of a token that thereby land on one slot become one: the first has the sum of their weights, the others slot -1.
     Returns slots [T, K] int64, -1 where nothing is to be computed, and weights [T, K] float32, of no meaning there.
     """
@@ -59,12 +62,13 @@ def remap_experts(
     active = demand > 0
     ranked_above = (demand > demand.unsqueeze(1)) | ((demand == demand.unsqueeze(1)) & (index < index.unsqueeze(1)))
     before = (ranked_above * demand).sum(1)
-    kept = active & (before << FRACTION_BITS < theta * demand.sum())
+    missing = expert_slots < 0
+    kept = active & ~missing & (before << FRACTION_BITS < theta * demand.sum())
     given_up = active & ~kept
     if mechanism == "united":
         together = index if united_slots is None else united_slots
         same_group = together.unsqueeze(1) == together
-        moved = given_up & ((same_group & given_up).sum(1) >= 2)
+        moved = given_up & (missing | ((same_group & given_up).sum(1) >= 2))
         target = expert_slots if united_slots is None else torch.where(moved, united_slots, expert_slots)
     elif mechanism == "reroute":
         assert similarity is not None and similarity_min is not None
@@ -75,6 +79,9 @@ def remap_experts(
         target = torch.where(moved, expert_slots[nearest], expert_slots)
     else:
         moved, target = given_up, torch.where(given_up, -1, expert_slots)
+    if united_slots is not None:
+        moved = moved | (given_up & missing)
+        target = torch.where(missing, united_slots, target)
     slots = torch.where(valid, target[experts], -1)
     moved_assignments = moved[experts] & valid
     if replaced is not None:

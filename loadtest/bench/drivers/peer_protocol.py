@@ -1,6 +1,7 @@
 """The peer's side of the benchmark: commands and answers as JSON lines on standard input and output.
 
-    {"command": "load", "checkpoint": DIR, "dtype": T, "device": D, "max_model_len": N, "requests": R}  ->  {"ok": true}
+    {"command": "load", "checkpoint": DIR, "dtype": T, "device": D, "max_model_len": N, "requests": R, "binding": B}
+        ->  {"ok": true}
     {"command": "run", "prompts": [[id, …], …], "new_tokens": N}  ->  {"ok": true, "seconds": S, "tokens": [[id, …], …]}
 
 A failure is {"ok": false, "error": MESSAGE}; the end of the input ends the process. It runs in the peer's own environment, so

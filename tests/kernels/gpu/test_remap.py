@@ -26,6 +26,7 @@ def make(tokens: int, num_experts: int, top_k: int, way: int, seed: int) -> tupl
     }
 
 
+@pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("thetas", THETAS)
 @pytest.mark.parametrize(("mechanism", "ranking"), [("united", "count"), ("united", "gate_mass"), ("drop", "count")])
 @pytest.mark.parametrize(
@@ -33,9 +34,11 @@ def make(tokens: int, num_experts: int, top_k: int, way: int, seed: int) -> tupl
     [(1, 6, 2, 2, 0), (19, 60, 4, 8, 3), (40, 9, 3, 4, 0), (130, 12, 5, 3, 100)],
 )
 def test_slots_and_weights_are_the_references(
-    run, tokens, num_experts, top_k, way, padding, mechanism, ranking, thetas
+    run, tokens, num_experts, top_k, way, padding, mechanism, ranking, thetas, missing
 ) -> None:
     (experts, weights, slots), more = make(tokens, num_experts, top_k, way, seed=tokens)
+    if missing:
+        slots[::2] = -1
     thresholds = torch.tensor([*thetas, 1.0, 1.0] if thetas[0] else [*thetas, 0.0, 0.0])
     num_tokens = torch.tensor(tokens - padding) if padding else None
     args = (experts, weights, slots, thresholds, more["token_class"], num_tokens)

@@ -46,7 +46,9 @@ def test_profile_memory_and_growth(tmp_path, capsys):
         )
     assert result["profile"]["prefill"]["tokens"] == 24 and result["profile"]["decode"]["tokens"] == 3
     memory, growth = result["memory"], result["memory_growth"]
-    assert memory["peak_bytes"] > memory["weight_bytes"] + memory["kv_pool_bytes"] > 0
+    held = memory["weight_bytes"] + memory["united_bytes"] + memory["kv_pool_bytes"]
+    assert memory["peak_bytes"] == memory["before_bytes"] + held + memory["other_bytes"]
+    assert memory["ratio"] == pytest.approx((memory["peak_bytes"] - memory["before_bytes"]) / held)
     assert growth["steps"] == 20
     assert growth["growth_bytes"] == growth["rss_end_bytes"] - growth["rss_after_warm_up_bytes"]
     assert "grouped experts" in capsys.readouterr().out
@@ -97,3 +99,25 @@ def test_brownout_points_say_what_was_served(tmp_path, peer):
     assert result["active_slots_by_layer"] == [2, 2] and result["active_slots_per_layer"] == 2
     assert result["united_share"] == 1 and 1 <= result["assignments_per_token"] < 2
     assert result["settings"]["way"] == 4 and result["settings"]["mechanism"] == "united"
+
+
+def test_widened_experts_and_further_points_are_measured_in_one_run(tmp_path, monkeypatch, capsys):
+    configs = []
+    monkeypatch.setattr(engine, "OurEngine", lambda config: configs.append(config) or OurEngine(config))
+    path = tmp_path / "bench.json"
+    arguments = [*TINY, "--widen", "3", "--beside", "united:4:0,0.5", "--runs", "1", "--json", str(path)]
+    assert main(arguments) == 0
+    result = json.loads(path.read_text())
+    assert [config.widen_experts for config in configs] == [3] and result["settings"]["widen_experts"] == 3
+    points = result["points"]
+    assert set(points) == {"united:4:0", "united:4:0.5"} and points["united:4:0"]["united_share"] == 1
+    for point in points.values():
+        assert point["ratio"]["output_tokens_per_s"] == pytest.approx(
+            point["median"]["output_tokens_per_s"] / result["output_tokens_per_s"]
+        )
+    assert "united:4:0.5 / ours" in capsys.readouterr().out
+
+
+def test_peers_are_not_compared_with_widened_experts(capsys):
+    assert main([*TINY, "--widen", "2", "--peer", "transformers"]) == 1
+    assert "without --widen" in capsys.readouterr().out

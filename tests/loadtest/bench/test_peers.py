@@ -160,6 +160,15 @@ def test_transformers_makes_our_tokens_from_our_own_weights():
     assert peer.run(prompts, 6).tokens == ours.run(prompts, 6).tokens
 
 
+def test_a_peer_may_be_measured_with_several_bindings():
+    specs = [peer_spec(f"{name}={sys.executable}") for name in ("vllm", "vllm:0-1", "vllm:auto")]
+    assert [(spec.name, spec.engine, spec.binding) for spec in specs] == [
+        ("vllm", "vllm", ""),
+        ("vllm:0-1", "vllm", "0-1"),
+        ("vllm:auto", "vllm", "auto"),
+    ]
+
+
 @pytest.mark.parametrize("text", ["vllm", "other=/bin/sh", "vllm=", "vllm=/no/such/python", "vllm=/tmp"])
 def test_unusable_peers_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):

@@ -23,6 +23,9 @@ def test_all_parts_are_reported(tmp_path, capsys):
         )
         assert cost["share_of_step"] == pytest.approx(cost["scheduler_and_batch_us"] / 6000)
     assert set(result["sampling_us"]) == {"greedy", "temperature", "top_p"} and result["detokenizing_us"] > 0
+    telemetry = result["telemetry"]
+    assert telemetry["per_step_us"] == pytest.approx(telemetry["step_us"] + telemetry["write_us"] * 6 / 20)
+    assert telemetry["share_of_step"] == pytest.approx(telemetry["per_step_us"] / 6000)
     assert "steady: scheduler and batch" in capsys.readouterr().out
 
 

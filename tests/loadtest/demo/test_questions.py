@@ -1,8 +1,11 @@
-"""What the demo shows and counts, without a server."""
+"""The demo's questions, without a server."""
 
+from backend.config import DEMO_CHECKPOINT
 from backend.demo.prompts import demo_prompts
 from backend.demo.tasks import FORMS
-from loadtest.demo import INTERFACES, examples, right_answers, table_of
+from backend.demo.template import ASSISTANT, USER
+from backend.serving.tokenizer import load_tokenizer
+from loadtest.demo.questions import INTERFACES, ConversationPrompts, examples, right_answers, table_of
 from loadtest.record import RequestRecord
 
 
@@ -30,3 +33,15 @@ def test_the_table_has_a_row_for_every_interface_and_one_for_all():
     table = table_of([_record(i, "") for i in range(8)])
     assert list(table.columns[0].cells) == [*INTERFACES, "all"]
     assert list(table.columns[1].cells) == ["2"] * 4 + ["8"]
+
+
+def test_conversations_are_as_long_as_asked_and_never_the_same():
+    tokenizer = load_tokenizer(str(DEMO_CHECKPOINT), None)
+    prompts = ConversationPrompts(7, tokenizer)
+    texts = [prompts.text(number, 120) for number in range(40)]
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    assert all(text.startswith(USER) and text.endswith(ASSISTANT) for text in texts)
+    assert max(lengths) <= 120 and sum(lengths) / len(lengths) > 90
+    assert len({text[:40] for text in texts}) > 35  # the prefix cache helps none of them
+    assert texts == [ConversationPrompts(7, tokenizer).text(number, 120) for number in range(40)]
+    assert texts != [ConversationPrompts(8, tokenizer).text(number, 120) for number in range(40)]

@@ -1,0 +1,162 @@
+"""Resident pool in the engine: more experts than memory, the same tokens where it waits, and honest bookkeeping where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.settings import Settings
+from backend.config import EngineConfig
+from backend.elastic.predictor import FILE_NAME, LoadPredictor
+from backend.engine.engine import Engine
+from backend.engine.model_runner import ModelRunner
+from backend.errors import ConfigError
+from backend.experts.resident import ExpertTelemetry
+from tests.engine.test_brownout import ids, make_engine, make_prompts, make_request, run
+from tests.engine.test_cuda_graphs import FakeGraph
+from tests.models.tiny_checkpoints import make_checkpoint
+
+PROMPTS = make_prompts(12)
+
+
+def tokens(engine: Engine, **more) -> dict[object, list[int]]:
+    outputs = run(engine, [make_request(i, prompt, 16, **more) for i, prompt in enumerate(PROMPTS)])
+    return {name: ids(events) for name, events in outputs.items()}
+
+
+@pytest.fixture(scope="module")
+def local() -> dict[object, list[int]]:
+    return tokens(make_engine())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"expert_prefetch": "none"},
+        {"resident_experts": "0.13"},
+        {"max_running": 2},
+        {"max_batch_tokens": 33},
+        {"united": "none"},
+    ],
+    ids=["half", "no-prefetch", "one-slot", "few-running", "chunks", "no-united"],
+)
+def test_tokens_are_the_local_pools_where_every_miss_waits(local, overrides):
+    engine = make_engine(expert_pool="resident", expert_miss="wait", **overrides)
+    assert tokens(engine) == local
+    found = engine.expert_telemetry()
+    assert found.misses == 0 and found.stalls > 0 and found.stall_s > 0
+    assert found.bytes_moved > 0 and found.resident_share <= 0.5
+    assert (found.prefetches > 0) == (overrides.get("expert_prefetch") != "none")
+
+
+def test_never_requests_are_exact_beside_others_that_united_experts_serve(local):
+    engine = make_engine(expert_pool="resident")
+    requests = [make_request(i, p, 16, brownout="never" if i % 4 == 0 else "auto") for i, p in enumerate(PROMPTS)]
+    outputs = run(engine, requests)
+    for i, events in outputs.items():
+        if i % 4 == 0:
+            assert ids(events) == local[i] and events[-1].united_share == 0
+    assert sum(events[-1].united_share > 0 for events in outputs.values()) > 5
+    found = engine.expert_telemetry()
+    assert found.misses > 0 and found.stalls > 0
+    engine.runner.model.pool.forget_counts()
+    assert engine.expert_telemetry() == ExpertTelemetry(resident_share=found.resident_share)
+    # The same prompts again: what the cache holds from the others is not pristine.
+    again = run(engine, [make_request((i, "never"), p, 16, brownout="never") for i, p in enumerate(PROMPTS)])
+    assert {i: ids(events) for (i, _), events in again.items()} == local
+
+
+def test_without_never_requests_nothing_stalls_and_misses_add_up():
+    engine = make_engine(expert_pool="resident", resident_experts="0.25")
+    outputs = run(engine, [make_request(i, prompt, 16) for i, prompt in enumerate(PROMPTS)])
+    found = engine.expert_telemetry()
+    assert found.stalls == 0
+    # Two layers of two experts a token; the last token made is not computed.
+    replaced = sum(round(e[-1].united_share * 4 * (len(PROMPTS[i]) + 15)) for i, e in outputs.items())
+    assert found.misses == replaced > 0
+
+
+def test_brownout_acts_on_resident_experts_too():
+    engine = make_engine(expert_pool="resident")
+    engine.set_settings(Settings(version=1, threshold_prefill=0.0, threshold_decode=0.0))
+    dim = run(engine, [make_request(i, prompt, 8) for i, prompt in enumerate(PROMPTS)])
+    assert min(events[-1].united_share for events in dim.values()) > 0.8
+    with pytest.raises(ConfigError, match="top_k cannot stand in for missing experts"):
+        engine.set_settings(Settings(version=2, threshold_decode=0.5, mechanism="top_k"))
+
+
+def test_past_loads_tell_which_experts_to_hold():
+    def misses(prefetch: str) -> float:
+        engine = make_engine(
+            expert_pool="resident",
+            checkpoint="dummy:cpu-s",
+            united="8",
+            similarity="",
+            routing="zipf:1.2",
+            expert_prefetch=prefetch,
+        )
+        run(engine, [make_request(i, prompt, 24) for i, prompt in enumerate(PROMPTS)])
+        found = engine.expert_telemetry()
+        return found.misses / found.assignments
+
+    assert misses("ewma") < 0.8 * misses("none")
+
+
+def test_checkpoint_whose_experts_do_not_fit_is_served_from_the_mapped_file(tmp_path: Path):
+    make_checkpoint(tmp_path)
+    parameters = {"checkpoint": str(tmp_path), "max_model_len": 128, "kv_cache_blocks": 200}
+    prompts = [[token % 199 for token in prompt] for prompt in PROMPTS[:6]]
+
+    def made(**more) -> tuple[Engine, list[list[int]]]:
+        engine = Engine(EngineConfig(**parameters, **more))
+        outputs = run(engine, [make_request(i, prompt, 16) for i, prompt in enumerate(prompts)])
+        return engine, [ids(outputs[i]) for i in range(len(prompts))]
+
+    whole, expected = made()
+    part, found = made(expert_pool="resident", resident_experts="0.5", expert_miss="wait")
+    assert found == expected
+    one = 3 * 20 * 48 * 4  # bytes of an expert
+    assert whole.runner.model.resident_bytes() == 3 * 7 * one
+    assert part.runner.model.resident_bytes() == 3 * 3 * one
+    assert whole.runner.model.weight_bytes() - part.runner.model.weight_bytes() == 3 * 4 * one
+    _, found = made(expert_pool="resident", resident_experts=str(3 * one), expert_miss="wait")
+    assert found == expected
+    for wrong, message in (
+        ({"resident_experts": str(3 * one - 1)}, f"gives {3 * one - 1} bytes, but one expert of each of the 3 layers"),
+        ({"expert_miss": "united"}, "expert_miss united, which needs united experts, but none are loaded"),
+        ({"expert_prefetch": "predictor"}, r"expert_prefetch is predictor, but the checkpoint has no load-predictor"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            made(**{"expert_pool": "resident", "expert_miss": "wait", **wrong})
+
+
+def test_predictor_beside_the_checkpoint_fetches_within_the_step(tmp_path: Path):
+    make_checkpoint(tmp_path)
+    plain = ModelRunner(EngineConfig(checkpoint=str(tmp_path), kv_cache_blocks=200, max_model_len=128), "cpu").model
+    pairs = {(layer, 1): plain.moe_block(layer).router.float() for layer in (1, 2)}
+    biases = {pair: torch.zeros(7) for pair in pairs}
+    LoadPredictor(pairs, biases, 2, checkpoint_fingerprint(tmp_path)).write(tmp_path / FILE_NAME)
+    engine = Engine(
+        EngineConfig(
+            checkpoint=str(tmp_path), kv_cache_blocks=200, max_model_len=128, expert_pool="resident", expert_miss="wait"
+        )
+    )
+    run(engine, [make_request(i, [t % 199 for t in p], 8) for i, p in enumerate(PROMPTS[:4])])
+    assert engine.expert_telemetry().prefetch_hits > 0
+
+
+def test_replayed_steps_fetch_between_steps_and_never_requests_run_without_graphs(local):
+    engine = make_engine(expert_pool="resident")
+    runner = engine.runner
+    runner.graphs = runner.make_graphs(engine.config, FakeGraph)
+    run(engine, [make_request(i, prompt, 16) for i, prompt in enumerate(PROMPTS)])
+    found = engine.expert_telemetry()
+    assert found.prefetch_hits > 0 and found.misses > 0 and found.stalls == 0
+    replayed, inner = [], runner.graphs.run
+    runner.graphs.run = lambda *args: replayed.append(True) or inner(*args)
+    assert tokens(engine, brownout="never") == local
+    assert not replayed

@@ -82,7 +82,7 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, backing: Backing, hidden_size: int, size: int) -> None:
-        self.kernels = backing.kernels
+        self.kernels, self.size = backing.kernels, size
         self.gate_up = Linear(backing, hidden_size, (size, size))
         self.down = Linear(backing, size, (hidden_size,))
 

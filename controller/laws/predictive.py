@@ -13,7 +13,7 @@ from controller.laws.base import Decision, Law, Limits
 from controller.reading import EngineReading, Reading
 
 #: The knobs of the configuration, where nobody sets them.
-MARGIN, HYSTERESIS, BRIGHTEN_PER_S = 0.15, 0.05, 0.5
+MARGIN, HYSTERESIS, BRIGHTEN_PER_S = 0.2, 0.1, 0.5
 #: Thresholds per axis of the grid that is searched.
 _GRID = 21
 #: Steps that stand for the present mix of prefill and decode.
@@ -27,8 +27,6 @@ _STEPS_WITHOUT_QUEUE = 1.7
 _HORIZON_PARTS = 6
 #: Brightness that moving a threshold by 1 must be worth: keeps the pair from wandering between equals.
 _STAY = 0.1
-#: Brightness that thresholds further apart by 1 must be worth: what dimming one of them saves is a guess until it was tried.
-_EVEN = 0.25
 
 
 class Predictive(Law):
@@ -111,7 +109,7 @@ class Predictive(Law):
         brightness = share * theta_prefill + (1 - share) * theta_decode
         now = (self.threshold_prefill, self.threshold_decode)
         move = np.abs(theta_prefill - now[0]) + np.abs(theta_decode - now[1])
-        score = brightness - _STAY * move - _EVEN * np.abs(theta_prefill - theta_decode)
+        score = brightness - _STAY * move
         if load[0] > 1 - self._margin:
             fits = load <= 1 - self._margin
             # Where nothing helps enough, the deepest dimming hurts least.

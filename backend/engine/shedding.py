@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import StepModel
+from backend.engine.request import Request
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class Waiting:
     priority: int = 0
     accepted: bool = False
 
+    @classmethod
+    def of(cls, request: Request, now: float) -> Waiting:
+        """`now` is time.monotonic()."""
+        params = request.params
+        return cls(
+            request.request_id,
+            now - request.arrival,
+            len(request.prompt_ids),
+            params.brownout == "never",
+            params.priority,
+            request.accepted,
+        )
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -35,6 +49,12 @@ class Refusal:
 
     request_id: object
     expected_s: float
+
+    def message(self, limit_s: float) -> str:
+        return (
+            f"the server is overloaded: the first token would come after about {self.expected_s:.2g} s, too late for "
+            f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(self.expected_s))} s"
+        )
 
 
 class Pace:

@@ -15,7 +15,7 @@ from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.peer_process import DRIVERS, PeerError, PeerProcess, PeerSpec, peer_spec
 from loadtest.bench.peers import TransformersPeer, tokens_equal
 from loadtest.bench.workload import Workload
-from tests.server.observe import wait_until
+from tests.waiting import wait_until
 
 PROMPTS = [[1, 2], [3, 4]]
 VLLM = """

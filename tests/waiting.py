@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(true: Callable[[], object], timeout_s: float = 20.0, what: str = "what was waited for") -> None:
+def wait_until(true: Callable[[], object], timeout_s: float = 60.0, what: str = "what was waited for") -> None:
     """Until `true()`; a failure that says `what` did not happen after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not true():

@@ -29,6 +29,7 @@ from backend.config import EngineConfig
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.model_parameters import engine_parameters, own_parameters
 from backend.serving.protocol import runtime_dir
+from backend.serving.triton_parameters import client_parameters
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ DEFAULT_OWNER = "operator"
 DEFAULT_LEASE_S = 10.0
 MAX_LEASE_S = 86400.0
 MAX_OWNER_BYTES = 128
-#: Parameters that Triton's clients and protocols send on their own.
-_RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def parse_change(parameters: Mapping[str, object], levels: Sequence[Level], toke
 
     Raises InvalidRequestError, naming the parameter, and what is allowed.
     """
-    given = {key: value for key, value in parameters.items() if key not in _RESERVED and not key.startswith("triton_")}
+    given = client_parameters(parameters, KEYS)
     for key in given:
         if key not in KEYS:
             raise InvalidRequestError(f"unknown parameter {_show(key)}: known are {', '.join(KEYS)}")

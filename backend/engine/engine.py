@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
 from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
+from backend.engine.admission import queue_full, too_late
 from backend.engine.block_manager import BlockManager
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner, resolve_async_scheduling
@@ -147,9 +149,7 @@ class Engine:
         """Queue a request. Raises InvalidRequestError, or UnavailableError when max_waiting requests already wait."""
         self.check(request)
         if not self.has_room:
-            raise UnavailableError(
-                f"the queue is full: {self.config.max_waiting} requests wait (max_waiting){self._retry_hint()}"
-            )
+            raise UnavailableError(queue_full(self.config.max_waiting, self.retry_s()))
         self._requests[request.request_id] = request
         self._not_started[request.request_id] = request
         self._queued_tokens += len(request.prompt_ids)
@@ -198,6 +198,22 @@ class Engine:
             mean_output_tokens=self.counters.mean_output_tokens,
         )
 
+    def not_started(self) -> Collection[Request]:
+        """The requests that wait for their first token's step."""
+        return self._not_started.values()
+
+    def count_refused(self, prompt_tokens: Collection[int]) -> None:
+        """Count requests with so many prompt tokens each that were refused early before they came here."""
+        self.counters.requests += len(prompt_tokens)
+        self.counters.prompt_tokens += sum(prompt_tokens)
+        self.counters.requests_shed += len(prompt_tokens)
+
+    def retry_s(self) -> float | None:
+        """Seconds until the present queue has gone, from the rate at which requests finished lately, if any did."""
+        if len(self._finish_times) < 2:
+            return None
+        return len(self._not_started) * (time.monotonic() - self._finish_times[0]) / len(self._finish_times)
+
     def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
         """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.
 
@@ -208,7 +224,7 @@ class Engine:
             return []
         now, load = time.monotonic(), self.load()
         settings = self.settings
-        pace = Pace(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
+        pace = Pace.of(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
         queue = sorted(self._not_started.values(), key=lambda request: (request.sort_key, request.number))
         waiting = [
             Waiting(
@@ -218,6 +234,7 @@ class Engine:
                 request.params.brownout == "never",
                 request.params.priority,
                 request.accepted,
+                request.judged,
             )
             for request in queue
         ]
@@ -229,11 +246,7 @@ class Engine:
         for refusal in refusals:
             self.abort(refusal.request_id)
             self.counters.requests_shed += 1
-            message = (
-                f"the server is overloaded: the first token would come after about {refusal.expected_s:.2g} s, too late for "
-                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(refusal.expected_s))} s"
-            )
-            events.append(RequestEnded(refusal.request_id, "rejected", message))
+            events.append(RequestEnded(refusal.request_id, "rejected", too_late(refusal.expected_s, limit_s)))
         return events
 
     def step(self) -> list[Event]:
@@ -419,14 +432,6 @@ class Engine:
             message = f"the request timed out after {request.params.timeout_s:g} s (timeout_s)"
             events.append(RequestEnded(request.request_id, "timeout", message))
         return events
-
-    def _retry_hint(self) -> str:
-        """Seconds until the present queue has gone, from the rate at which requests finished lately."""
-        if len(self._finish_times) < 2:
-            return ""
-        span = time.monotonic() - self._finish_times[0]
-        seconds = len(self._not_started) * span / len(self._finish_times)
-        return f"; retry in about {max(1, round(seconds))} s"
 
 
 def _reads_output(params) -> bool:

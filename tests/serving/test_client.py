@@ -105,12 +105,13 @@ def test_a_refusal_at_the_door_needs_no_answer_from_the_engine(tmp_path):
         assert not stub.ended
     finally:
         engine.resume()
-    wait_until(lambda: block.read_telemetry(0)["requests_shed"] == 3)
-    row = block.read_telemetry(0)
-    assert (row["requests"], row["prompt_tokens"]) == (4, 12)
-    stub.wait(lambda: stub.finished(0))
-    assert not stub.ended
-    stub.client.close()
+    try:
+        wait_until(lambda: block.read_telemetry(0)["requests_shed"] == 3)
+        row = block.read_telemetry(0)
+        assert (row["requests"], row["prompt_tokens"]) == (4, 12)
+        assert stub.tokens and not stub.ended
+    finally:
+        stub.client.close()
 
 
 def test_killed_engine_loses_its_requests_and_comes_back(stub, tmp_path):

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
 from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
+from backend.engine.admission import too_late
 from backend.engine.block_manager import BlockManager
 from backend.engine.model_runner import ModelRunner, resolve_async_scheduling
 from backend.engine.penalties import SampleRow
@@ -144,6 +146,20 @@ class Engine:
             mean_output_tokens=self.counters.mean_output_tokens,
         )
 
+    def not_started(self) -> Collection[Request]:
+        """The requests that wait for their first token's step."""
+        return self._requests.waiting.values()
+
+    def count_refused(self, prompt_tokens: Collection[int]) -> None:
+        """Count requests with so many prompt tokens each that were refused early before they came here."""
+        self.counters.requests += len(prompt_tokens)
+        self.counters.prompt_tokens += sum(prompt_tokens)
+        self.counters.requests_shed += len(prompt_tokens)
+
+    def retry_s(self) -> float | None:
+        """Seconds until the present queue has gone, from the rate at which requests ended lately, if any did."""
+        return self._requests.retry_s()
+
     def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
         """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.
 
@@ -153,7 +169,7 @@ class Engine:
         if all(request.accepted for request in self._requests.waiting.values()):
             return []
         now, load, settings = time.monotonic(), self.load(), self.settings
-        pace = Pace(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
+        pace = Pace.of(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
         queue = sorted(self._requests.waiting.values(), key=lambda request: (request.sort_key, request.number))
         started_tokens = load.waiting_tokens - self._requests.waiting_tokens
         refusals = late_requests(pace, started_tokens, [Waiting.of(request, now) for request in queue], limit_s, margin)
@@ -162,7 +178,9 @@ class Engine:
         for refusal in refusals:
             self.abort(refusal.request_id)
             self.counters.requests_shed += 1
-        return [RequestEnded(refusal.request_id, "rejected", refusal.message(limit_s)) for refusal in refusals]
+        return [
+            RequestEnded(refusal.request_id, "rejected", too_late(refusal.expected_s, limit_s)) for refusal in refusals
+        ]
 
     def step(self) -> list[Event]:
         """Compute one batch and return what happened. Without work that can run, returns only expired requests."""

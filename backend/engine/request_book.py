@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+from backend.engine.admission import queue_full
 from backend.engine.lazy_heap import LazyHeap
 from backend.engine.request import Request
 from backend.errors import InvalidRequestError, UnavailableError
@@ -47,6 +48,12 @@ class RequestBook:
         oldest = next(iter(self.waiting.values()), None)
         return 0.0 if oldest is None else max(0.0, time.monotonic() - oldest.arrival)
 
+    def retry_s(self) -> float | None:
+        """Seconds until the present queue has gone, from the rate at which requests ended lately, if any did."""
+        if len(self._end_times) < 2:
+            return None
+        return len(self.waiting) * (time.monotonic() - self._end_times[0]) / len(self._end_times)
+
     def check_new(self, request: Request) -> None:
         """Raise InvalidRequestError if the id is in use."""
         if request.request_id in self._requests:
@@ -55,9 +62,7 @@ class RequestBook:
     def add(self, request: Request) -> None:
         """Raises UnavailableError when max_waiting requests already wait."""
         if not self.has_room:
-            raise UnavailableError(
-                f"the queue is full: {self.max_waiting} requests wait (max_waiting){self._retry_hint()}"
-            )
+            raise UnavailableError(queue_full(self.max_waiting, self.retry_s()))
         self._requests[request.request_id] = request
         self.waiting[request.request_id] = request
         self.waiting_tokens += len(request.prompt_ids)
@@ -83,11 +88,3 @@ class RequestBook:
         now = time.monotonic()
         while (first := self._deadlines.first()) is not None and first[0][0] <= now:
             yield first[1]
-
-    def _retry_hint(self) -> str:
-        """Seconds until the present queue has gone, from the rate at which requests ended lately."""
-        if len(self._end_times) < 2:
-            return ""
-        span = time.monotonic() - self._end_times[0]
-        seconds = len(self.waiting) * span / len(self._end_times)
-        return f"; retry in about {max(1, round(seconds))} s"

@@ -15,15 +15,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from backend.brownout.block import MAX_ENGINES, Block, BlockEmpty, BlockError, block_path
 from backend.brownout.buckets import FIRST_S, NUM_BUCKETS, RATIO
 from backend.brownout.control import Lease
-from backend.brownout.fingerprint import checkpoint_fingerprint
-from backend.brownout.profile import PROFILE_NAME, Level, read_profile
+from backend.brownout.profile import Level, find_profile
 from backend.brownout.settings import MECHANISMS, Available, Settings
 from backend.config import EngineConfig
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
@@ -285,11 +283,8 @@ def baseline_settings(parameters: Mapping[str, str], levels: Sequence[Level]) ->
 
 def profile_levels(config: EngineConfig) -> tuple[Level, ...]:
     """The levels of the engines' profile: the parameter's file, else the checkpoint's own if it has one."""
-    folder = Path(config.checkpoint)
-    path = Path(config.profile) if config.profile else folder / PROFILE_NAME
-    if not config.profile and not path.is_file():
-        return ()
-    return read_profile(path, checkpoint_fingerprint(folder) if folder.is_dir() else None).levels
+    profile = find_profile(config.checkpoint, config.profile)
+    return profile.levels if profile is not None else ()
 
 
 class BrownoutModel:

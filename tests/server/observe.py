@@ -74,7 +74,7 @@ def launch_name(server: RunningServer) -> str:
 
 
 def runtime_dir(server: RunningServer) -> Path:
-    return Path(engine_process(server).environ()["BROWNOUT_RUNTIME_DIR"])
+    return Path(engine_processes(server)[0].environ()["BROWNOUT_RUNTIME_DIR"])
 
 
 def command_of(process: psutil.Process) -> list[str]:

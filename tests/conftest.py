@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: test processes share few cores, and OpenMP threads that spin hold each other up.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,6 +14,9 @@ import torch
 # Before anything imports Triton: without a GPU its kernels are tested in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# How long an example takes says something about the machine's load only.
+settings.register_profile("suite", deadline=None, max_examples=60)
+settings.load_profile("suite")
 
 #: Tests that share servers.
 SERVER_TESTS = Path(__file__).parent / "server"

@@ -171,7 +171,7 @@ def check_refused(
     assert len(refusal.value.message) < 500
 
 
-@pytest.mark.parametrize(("case", "interface"), zip(BAD_SAMPLING, itertools.cycle(ASK), strict=False))
+@pytest.mark.parametrize(("case", "interface"), list(zip(BAD_SAMPLING, itertools.cycle(ASK), strict=False)))
 def test_bad_sampling_parameters(server: RunningServer, interface: str, case: str) -> None:
     """The interfaces take turns: what parses the parameters is the same behind all of them."""
     value, message = BAD_SAMPLING[case]

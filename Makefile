@@ -43,7 +43,7 @@ demo: setup
 	$(PY) -m loadtest.demo $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 serve: setup
 	exec $(PY) -m controller.serve $(ARGS)

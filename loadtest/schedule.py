@@ -11,9 +11,6 @@ import msgspec
 
 from backend.errors import ConfigError
 
-#: Quality classes of a request: `never` is exempt from brownout.
-BROWNOUT_CLASSES = ("auto", "never")
-
 
 class Arrival(msgspec.Struct, frozen=True):
     """One request to send: when (seconds from the run's start), how long, and its quality class."""

@@ -1,8 +1,10 @@
 """What every test module shares."""
 
 import os
+from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: test processes share few cores, and OpenMP threads that spin hold each other up.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,9 +14,22 @@ import torch
 # Before anything imports Triton: without a GPU its kernels are tested in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# How long an example takes says something about the machine's load only.
+settings.register_profile("suite", deadline=None, max_examples=60)
+settings.load_profile("suite")
+
+#: Tests that share servers.
+SERVER_TESTS = Path(__file__).parent / "server"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where torch sees no CUDA device."""
+    """Tests marked `gpu` are skipped, with the reason, where torch sees no CUDA device.
+
+    `make test` runs two processes (pytest-xdist, `-n 2 --dist loadgroup`): one for the tests of whole servers, which mostly
+    wait and share what takes long to start, one for all others.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("servers" if item.path.is_relative_to(SERVER_TESTS) else "others"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -16,7 +16,6 @@ from pathlib import Path
 TUNED_DIR = Path(__file__).parent / "tuned"
 #: The two kernels of each phase: gate, up and activation; down.
 KERNELS = ("gate_up", "down")
-PHASES = ("decode", "prefill")
 #: A row of a tile is a token's assignment; tensor cores take at least this many.
 LEAST_ROWS = 16
 #: Shared memory that a program may use on the smallest GPU the rule is made for (A100: 163 KiB).

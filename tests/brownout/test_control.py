@@ -42,7 +42,7 @@ values = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values, values, st.text(max_size=20), st.floats(0.1, 100))
 def test_a_lease_survives_the_block(
     tmp_path_factory: pytest.TempPathFactory, chosen: Settings, baseline: Settings, owner: str, lease_s: float

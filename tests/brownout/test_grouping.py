@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from backend.brownout.grouping import coactivation, group_by_affinity, group_by_index
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 20), st.integers(2, 8), st.integers(0, 1000))
 def test_there_are_as_few_groups_as_possible_and_none_is_too_large(experts, way, seed):
     noise = torch.rand(experts, experts, generator=torch.Generator().manual_seed(seed))

@@ -23,7 +23,7 @@ _STEPS = st.tuples(*[st.integers(0, 300)] * 3)
 
 
 @given(st.lists(st.tuples(_STEPS, _STEPS), min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_layer_falls_and_no_more_is_lost_with_as_many_slots(layers):
     # From theta = 0 on a layer's slots rise and its loss falls, ever more slowly.
     slots = np.array([np.cumsum([32, *(1 + a for a in widths)]) for widths, _ in layers]) / 4

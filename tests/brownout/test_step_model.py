@@ -57,7 +57,7 @@ def test_the_mean_of_noisy_steps_is_found() -> None:
     assert float(model.predict_s(0, 8, 1.0, 1.0)) == pytest.approx(0.0048, rel=0.15)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(samples, min_size=1, max_size=60))
 def test_predictions_are_finite_and_never_fall_with_tokens_or_thresholds(steps: list[StepSample]) -> None:
     model = StepModel()

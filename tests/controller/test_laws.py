@@ -42,7 +42,7 @@ readings = st.none() | st.builds(
 
 
 @pytest.mark.parametrize("name", LAWS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(series=st.lists(st.tuples(readings, st.floats(0.05, 3)), max_size=12), floor=st.floats(0, 0.9))
 def test_thresholds_stay_within_the_limits(name: str, series: list[tuple[Reading | None, float]], floor: float) -> None:
     law = LAWS[name](Limits(0.5, 0.05, floor, floor / 2))
@@ -99,7 +99,7 @@ def test_predictive_waits_until_it_knows_the_engine() -> None:
     assert decision.terms["action"] == "learning"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(0, 20000),
     more=st.integers(0, 10000),

@@ -4,7 +4,7 @@ import random
 from itertools import combinations, permutations, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backend.elastic.placer import place
@@ -84,7 +84,6 @@ def exact(replicas, costs, capacity, warm) -> tuple[float, int]:
     return best
 
 
-@settings(max_examples=60)
 @given(layers(max_experts=5, max_devices=3, one_size=True))
 def test_the_busiest_device_is_near_the_exact_optimum(layer):
     replicas, costs, capacity, warm = layer

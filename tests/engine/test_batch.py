@@ -28,7 +28,7 @@ def scheduled(draw) -> tuple[Sequence, int]:
     return sequence, draw(st.integers(1, len(sequence.tokens) - sequence.num_computed))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(scheduled(), min_size=1, max_size=6))
 def test_batch_is_what_the_schedule_says(chosen):
     chosen.sort(key=lambda entry: entry[1] != 1)

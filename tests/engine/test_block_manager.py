@@ -87,7 +87,7 @@ def test_over_allocation_and_double_release_are_errors():
         manager.release([block])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 12), st.lists(st.tuples(st.sampled_from("arpc"), st.integers(0, 30)), max_size=60))
 def test_random_operations_keep_the_states_consistent(num_blocks, operations):
     manager = BlockManager(num_blocks, 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -97,7 +97,6 @@ def test_buckets_grow_in_small_steps_and_end_at_the_most_rows() -> None:
     assert buckets_for(41) == [1, 2, 4, 8, 16, 24, 32, 40, 41]
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=8), seed=st.integers(0, 1000))
 def test_replays_give_what_the_step_itself_gives(sizes: list[int], seed: int) -> None:
     """Whatever an earlier, larger batch left in the buffers."""

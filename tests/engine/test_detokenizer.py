@@ -66,7 +66,7 @@ def run(detokenizer: Detokenizer, chunks: list[list[int]]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data(), skip=st.booleans())
 def test_parts_add_up_to_the_full_decode(kind, data, skip) -> None:
     tokenizer = kind()
@@ -77,7 +77,7 @@ def test_parts_add_up_to_the_full_decode(kind, data, skip) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=20))
 def test_any_text_survives_and_no_part_has_half_a_character(kind, text) -> None:
     tokenizer = kind()
@@ -102,7 +102,7 @@ def reference_cut(text: str, stop: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data(), stop=st.lists(st.text("stop. ab", min_size=1, max_size=5), min_size=1, max_size=4))
 def test_stop_strings_cut_the_text_whatever_the_token_borders(kind, data, stop) -> None:
     tokenizer = kind()
@@ -126,7 +126,7 @@ def test_stop_strings_cut_the_text_whatever_the_token_borders(kind, data, stop) 
         assert detokenizer.num_tokens == len(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text("ab", max_size=30), stop=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
 def test_no_more_is_held_back_than_may_become_a_stop_string(text, stop) -> None:
     tokenizer = byte_level()

@@ -270,7 +270,7 @@ def test_settings_reach_the_moe_blocks_in_place():
     assert engine.stats().settings_version == 3
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**20), blocks=st.integers(16, 40), budget=st.integers(4, 64))
 def test_every_request_ends_once_under_random_traffic(seed, blocks, budget):
     rng = random.Random(seed)

@@ -117,7 +117,6 @@ def test_removed_while_waiting_never_runs():
     assert run_step(scheduler).sequences == sequences[-1:]
 
 
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 24), block_size=st.sampled_from([1, 2, 4]))
 def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_blocks, block_size):
     rng = random.Random(seed)
@@ -155,7 +154,7 @@ def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_bloc
         scheduler.blocks.check()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32),
     num_blocks=st.integers(4, 24),
@@ -255,7 +254,6 @@ def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]]
     return made, num_ahead
 
 
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), num_blocks=st.sampled_from([8, 40]))
 def test_steps_made_ahead_lead_to_the_same_tokens(seed: int, num_blocks: int):
     expected, none = serve(seed, num_blocks, ahead=False)

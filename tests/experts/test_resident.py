@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -97,7 +97,6 @@ def draw_step(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(chosen), torch.from_numpy(rng.integers(0, 4, rows).astype(np.int8))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, EXPERTS), st.integers(0, 2**32), st.lists(st.sampled_from(["step", "fetch", "arrive"]), max_size=25)
 )

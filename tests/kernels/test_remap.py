@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backend.kernels import cpu, reference
 
-SETTINGS = settings(max_examples=80, deadline=None)
+SETTINGS = settings(max_examples=50)
 KEPT_SET = ("united", "reroute", "drop")
 THETAS = st.one_of(st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.8, 1.0]), st.floats(0, 1, width=32))
 

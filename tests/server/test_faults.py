@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import queue
-import subprocess
-import sys
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,14 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from backend.config import DEMO_CHECKPOINT
 from backend.serving.launch_client import RunningServer, running_server
-from backend.serving.supervisor import BACKOFF_S
-from backend.serving.triton_server import PRODUCT_ROOT
-from tests.server.conftest import SMALL, TINY
+from tests.server.conftest import SMALL
 from tests.server.observe import (
     descendants,
     engine_process,
-    engine_processes,
     launch_name,
     runtime_dir,
     stub_process,
@@ -130,38 +127,16 @@ def test_sigterm_ends_live_streams_and_leaves_nothing(tmp_path: Path) -> None:
     assert took_s <= 10
 
 
-def test_a_second_start_on_the_same_ports_says_so_and_disturbs_nobody(server: RunningServer) -> None:
-    expected = generate(server, SHORT).text
-    ports = [address.split(":")[1] for address in (server.http, server.grpc, server.metrics)]
-    command = [sys.executable, "-m", "backend.serving.launch", "--http-port", ports[0], "--grpc-port", ports[1]]
-    second = subprocess.run(
-        [*command, "--metrics-port", ports[2]], cwd=PRODUCT_ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (second.returncode, second.stdout) == (1, "")
-    assert f"http port {ports[0]} on 127.0.0.1 is taken" in second.stderr
-    assert len(second.stderr.strip().splitlines()) == 1
-    assert generate(server, SHORT).text == expected
-
-
-def test_an_engine_that_dies_again_and_again_is_given_up_and_the_models_unloaded(tmp_path: Path) -> None:
+def test_an_engine_that_cannot_come_back_is_given_up_and_the_models_unloaded(tmp_path: Path) -> None:
     """Then the server is no longer ready and requests are refused at once, not queued for nothing."""
-    log = tmp_path / "server.log"
-    with running_server(env=TINY, log=log, drain_timeout_s=1) as server:
+    log, checkpoint = tmp_path / "server.log", tmp_path / "checkpoint"
+    shutil.copytree(DEMO_CHECKPOINT, checkpoint)
+    with running_server(env={"MOE_LLM_CHECKPOINT": str(checkpoint)}, log=log, drain_timeout_s=1) as server:
         assert generate(server, SHORT).text
-        killed = set()
-
-        def ready() -> bool:
-            return get(server.http, "/v2/models/moe_llm/ready")[0] == 200
-
-        def kill_every_engine_until_given_up() -> bool:
-            for process in engine_processes(server):
-                if process.pid not in killed:
-                    killed.add(process.pid)
-                    process.kill()
-            return not ready() and get(server.http, "/v2/models/moe_llm_infer/ready")[0] != 200
-
-        wait_until(kill_every_engine_until_given_up, sum(BACKOFF_S) + 60, "given up")
-        assert len(killed) == len(BACKOFF_S) + 1
+        shutil.rmtree(checkpoint)
+        engine_process(server).kill()
+        for model in ("moe_llm", "moe_llm_infer"):
+            wait_until(lambda model=model: get(server.http, f"/v2/models/{model}/ready")[0] != 200, 60, "given up")
         for interface in ("generate", "grpc_infer"):
             with pytest.raises(ServerError) as refusal:
                 ASK[interface](server, SHORT)

@@ -31,7 +31,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.server
 
 #: Of the engine, and the requests that are sent ten times a second before, in and after it.
-STALL_S, NUMBER = 5.0, 70
+STALL_S, NUMBER = 2.0, 40
 ARRIVALS = "step:base=8,duration=3"
 LOAD = ["--arrivals", ARRIVALS, "--seed", "5", "--input-tokens", "4-12", "--output-tokens", "2-9"]
 

@@ -101,6 +101,8 @@ def test_a_recipe_runs(recipe: Recipe, server: RunningServer, folder: Path) -> N
     assert done.returncode in ((0, 1) if is_load else (0,)), said
     assert "Traceback" not in said and '"error"' not in said, said
     assert done.stdout.strip() or "locust" in said, said
+    if "perf_analyzer" in recipe.text:
+        assert float(re.search(r"Throughput: ([0-9.]+) infer/sec", done.stdout)[1]) > 0
     for path in folder.glob("**/requests.jsonl"):
         assert [r.error for r in read_records(path) if r.outcome != "completed"] == []
     wait_idle(server)

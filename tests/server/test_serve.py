@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,52 +18,56 @@ from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient
 from tests.server.conftest import TINY
 from tests.server.observe import command_of
+from tests.serving.launch_echo import make_repository
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture
-def serving() -> Iterator[tuple[subprocess.Popen[str], BrownoutClient]]:
+@contextlib.contextmanager
+def serving(*server_flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the gRPC address of the server that it has started."""
     command = [sys.executable, "-m", "controller.serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-    command += ["--", "--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0"]
+    command += [*server_flags, "--", "--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0"]
     process = subprocess.Popen(
         command, cwd=PRODUCT_ROOT, env=os.environ | TINY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    ready = process.stdout.readline()
-    assert ready.startswith("READY http="), process.stderr.read()
-    client = BrownoutClient(dict(part.split("=", 1) for part in ready.split()[1:])["grpc"])
-    yield process, client
-    client.close()
-    process.kill()
-    process.communicate()
+    try:
+        ready = process.stdout.readline()
+        assert ready.startswith("READY http="), process.stderr.read()
+        yield process, dict(part.split("=", 1) for part in ready.split()[1:])["grpc"]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def controllers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "controller" in command_of(child)]
 
 
-def test_server_and_controller_start_and_end_together(serving: tuple[subprocess.Popen[str], BrownoutClient]) -> None:
+def test_server_and_controller_start_and_end_together() -> None:
     """A controller that died is started again; SIGTERM ends everything in order and leaves no process."""
-    process, client = serving
-    wait_until(lambda: client.call()["settings"]["owner"] == "sidecar", 30, "in charge")
-    (first,) = controllers(process)
-    first.kill()
-    wait_until(lambda: [c.pid for c in controllers(process)] not in ([], [first.pid]), 20, "started again")
-    everything = psutil.Process(process.pid).children(recursive=True)
-    assert len(everything) >= 5  # launcher, server, stubs, engine, controller
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-    assert all(map(has_ended, everything))
-    assert "the controller died and is started again" in process.stderr.read()
+    with serving() as (process, grpc):
+        client = BrownoutClient(grpc)
+        wait_until(lambda: client.call()["settings"]["owner"] == "sidecar", 30, "in charge")
+        client.close()
+        (first,) = controllers(process)
+        first.kill()
+        wait_until(lambda: [c.pid for c in controllers(process)] not in ([], [first.pid]), 20, "started again")
+        everything = psutil.Process(process.pid).children(recursive=True)
+        assert len(everything) >= 5  # launcher, server, stubs, engine, controller
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert all(map(has_ended, everything))
+        assert "the controller died and is started again" in process.stderr.read()
 
 
-def test_a_killed_front_takes_everything_with_it(serving: tuple[subprocess.Popen[str], BrownoutClient]) -> None:
-    process, _ = serving
-    wait_until(lambda: controllers(process), 20, "controlled")
-    everything = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    wait_until(lambda: all(map(has_ended, everything)), 20, "all ended")
+def test_a_killed_front_takes_everything_with_it(tmp_path: Path) -> None:
+    with serving("--model-repository", str(make_repository(tmp_path))) as (process, _):
+        wait_until(lambda: controllers(process), 20, "controlled")
+        everything = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        wait_until(lambda: all(map(has_ended, everything)), 20, "all ended")
 
 
 @pytest.mark.parametrize(

@@ -36,14 +36,6 @@ def unknown_parameter(folder: Path) -> dict:
     return {"arguments": ["--model-repository", str(repository)]}
 
 
-def negative_size(folder: Path) -> dict:
-    return {"env": {"MOE_LLM_MAX_RUNNING": "-4"}}
-
-
-def kv_pool_too_small(folder: Path) -> dict:
-    return {"env": {"MOE_LLM_CHECKPOINT": "dummy:tiny", "MOE_LLM_KV_CACHE_BLOCKS": "10"}}
-
-
 def truncated_weights(folder: Path) -> dict:
     _checkpoint(folder, VOCAB)
     weights = folder / "model.safetensors"
@@ -65,8 +57,6 @@ def _checkpoint(folder: Path, tokenizer_size: int) -> None:
 CASES: dict[Callable[[Path], dict], tuple[str, ...]] = {
     missing_checkpoint: ("parameter checkpoint", "nowhere"),
     unknown_parameter: ("unknown parameter 'max_runing'", "max_running"),
-    negative_size: ("parameter max_running must be at least 1", "-4"),
-    kv_pool_too_small: ("parameter kv_cache_blocks", "raise kv_cache_blocks or lower max_model_len"),
     truncated_weights: ("checkpoint", "model.safetensors", "truncated", "copy or download it again"),
     wrong_tokenizer: ("parameter checkpoint", "wrong tokenizer", "copy the tokenizer files"),
 }

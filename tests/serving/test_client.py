@@ -23,6 +23,7 @@ class Stub:
     """An EngineClient that keeps what it hears."""
 
     def __init__(self, runtime_dir, name="stub", config=CONFIG, server_pid=None):
+        self.runtime_dir = runtime_dir
         self.tokens, self.ended, self.lost = {}, {}, {}
         self.changed = threading.Condition()
         self.client = EngineClient(name, config, runtime_dir, server_pid or os.getpid(), self._outputs, self._lost)
@@ -63,6 +64,22 @@ def stub(tmp_path):
     assert info.vocab_size == 512 and info.max_model_len == 1024
     yield stub
     stub.client.close()
+
+
+@pytest.fixture(scope="module")
+def started_once(tmp_path_factory):
+    stub = Stub(tmp_path_factory.mktemp("runtime"))
+    stub.client.start()
+    yield stub
+    stub.client.close()
+
+
+@pytest.fixture
+def shared_stub(started_once):
+    """For tests that leave its engine as it was."""
+    for heard in (started_once.tokens, started_once.ended, started_once.lost):
+        heard.clear()
+    return started_once
 
 
 def test_tokens_come_back_and_a_full_queue_is_refused(stub):
@@ -150,11 +167,10 @@ def test_two_stubs_share_one_engine_and_one_takes_over_from_the_other(stub, tmp_
         other.client.close()
 
 
-def test_another_configuration_is_refused(stub, tmp_path):
+def test_another_configuration_is_refused(shared_stub):
+    other = EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=9)
     with pytest.raises(ConfigError, match="another value of parameter max_waiting"):
-        Stub(
-            tmp_path, "other", EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=9)
-        ).client.start()
+        Stub(shared_stub.runtime_dir, "other", other).client.start()
 
 
 @pytest.mark.parametrize(
@@ -170,12 +186,12 @@ def test_start_up_failure_is_one_sentence_and_not_retried(tmp_path, config, mess
     assert EngineRecord.read(tmp_path, 0).generation == 1
 
 
-def test_abort_ends_a_request_silently(stub):
-    stub.submit(1, max_tokens=900)
-    stub.wait(lambda: 1 in stub.tokens)
-    stub.client.abort(1)
-    wait_until(lambda: stub.client.stats() and stub.client.stats()[0].load == 0)
-    assert not stub.finished(1) and 1 not in stub.ended
+def test_abort_ends_a_request_silently(shared_stub):
+    shared_stub.submit(1, max_tokens=900)
+    shared_stub.wait(lambda: 1 in shared_stub.tokens)
+    shared_stub.client.abort(1)
+    wait_until(lambda: shared_stub.client.stats() and shared_stub.client.stats()[0].load == 0)
+    assert not shared_stub.finished(1) and 1 not in shared_stub.ended
 
 
 def test_sigterm_drains_and_the_engine_is_not_restarted_while_shutting_down(stub, tmp_path):

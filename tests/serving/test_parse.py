@@ -296,7 +296,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120)
 @given(values=st.dictionaries(st.sampled_from([*ALL, *REST]), json_values, max_size=4))
 def test_any_json_is_parsed_or_refused(values: dict) -> None:
     try:
@@ -306,7 +306,7 @@ def test_any_json_is_parsed_or_refused(values: dict) -> None:
     assert params.validate() == params
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(text=st.binary(min_size=1, max_size=30))
 def test_any_bytes_are_a_prompt_or_refused(text: bytes) -> None:
     try:

@@ -11,8 +11,7 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 from backend.kernels import gpu, reference
 from backend.kernels.gpu.attention_decode import attend_in_splits, num_splits
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HEADS = [(1, 1, 6), (4, 2, 16), (5, 1, 20)]
+HEADS = [(1, 1, 6, torch.float32), (4, 2, 16, torch.bfloat16), (5, 1, 20, torch.float16)]
 
 
 def make_cache(
@@ -32,8 +31,7 @@ def make_cache(
     return caches[0], caches[1], tables
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype"), HEADS)
 @pytest.mark.parametrize(("block_size", "window", "splits"), [(16, None, 1), (1, 5, 1), (8, None, 2), (16, 100, 4)])
 def test_decode_attention(run, assert_near, block_size, window, splits, heads, kv_heads, head_dim, dtype) -> None:
     lens = [1, 17, 64, 131]
@@ -64,8 +62,7 @@ def test_splits_fill_the_processors_but_stay_worth_their_place() -> None:
     assert num_splits(programs=1024, longest=100_000, processors=132) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype"), HEADS)
 @pytest.mark.parametrize(("block_size", "window"), [(16, None), (1, 5), (8, 70)])
 def test_prefill_attention(run, assert_near, block_size, window, heads, kv_heads, head_dim, dtype) -> None:
     """Whole prompts, chunks over cached prefixes that end on and beside the borders of tiles, and single tokens."""

@@ -10,7 +10,17 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 from backend.kernels import gpu, reference
 from backend.kernels.reference.remap import remap_experts
 
-THETAS = [(0.0, 0.0), (1.0, 1.0), (0.3, 0.7), (0.5, 0.0)]
+#: Tokens, experts, top_k, way and padding; thresholds; whether half of the experts are missing.
+CASES = [
+    (1, 6, 2, 2, 0, (0.0, 0.0), False),
+    (1, 6, 2, 2, 0, (0.3, 0.7), True),
+    (19, 60, 4, 8, 3, (0.3, 0.7), False),
+    (19, 60, 4, 8, 3, (1.0, 1.0), True),
+    (40, 9, 3, 4, 0, (0.5, 0.0), True),
+    (40, 9, 3, 4, 0, (0.0, 0.0), False),
+    (130, 12, 5, 3, 100, (1.0, 1.0), False),
+    (130, 12, 5, 3, 100, (0.5, 0.0), True),
+]
 
 
 def make(tokens: int, num_experts: int, top_k: int, way: int, seed: int) -> tuple[tuple, dict]:
@@ -26,13 +36,8 @@ def make(tokens: int, num_experts: int, top_k: int, way: int, seed: int) -> tupl
     }
 
 
-@pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("thetas", THETAS)
 @pytest.mark.parametrize(("mechanism", "ranking"), [("united", "count"), ("united", "gate_mass"), ("drop", "count")])
-@pytest.mark.parametrize(
-    ("tokens", "num_experts", "top_k", "way", "padding"),
-    [(1, 6, 2, 2, 0), (19, 60, 4, 8, 3), (40, 9, 3, 4, 0), (130, 12, 5, 3, 100)],
-)
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k", "way", "padding", "thetas", "missing"), CASES)
 def test_slots_and_weights_are_the_references(
     run, tokens, num_experts, top_k, way, padding, mechanism, ranking, thetas, missing
 ) -> None:

@@ -10,8 +10,10 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 from backend.kernels import gpu, reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "hidden_size", "top_k", "shared"), [(1, 7, 1, 1), (5, 33, 4, 4), (3, 1030, 3, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "top_k", "shared", "dtype"),
+    [(1, 7, 1, 1, torch.float32), (5, 33, 4, 4, torch.bfloat16), (3, 1030, 3, 2, torch.float16)],
+)
 @pytest.mark.parametrize("padding", [None, 0, 2])
 def test_slots_and_weights_are_the_references(
     run, assert_near, tokens, hidden_size, top_k, shared, padding, dtype

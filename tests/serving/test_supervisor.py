@@ -1,0 +1,40 @@
+"""Which engine that ended is started again, and which is given up; the engine here is a script."""
+
+from pathlib import Path
+
+import pytest
+
+from backend.config import EngineConfig
+from backend.serving import supervisor
+from backend.serving.protocol import EXIT_CONFIG, EngineRecord
+from backend.serving.supervisor import Supervisor
+
+
+def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Supervisor:
+    """A supervisor that has come to its end with an engine that has been ready before and is now this script."""
+    engine = folder / "engine"
+    engine.write_text(f"#!/bin/sh\necho start >> {folder}/starts\n{script}\n")
+    engine.chmod(0o700)
+    monkeypatch.setattr(supervisor, "python_executable", lambda: str(engine))
+    monkeypatch.setattr(supervisor, "BACKOFF_S", (0.0, 0.01, 0.02))
+    EngineRecord("stopped", generation=1).write(folder, 0)
+    watching = Supervisor(EngineConfig(checkpoint="dummy:tiny"), 0, folder, server_pid=1)
+    watching.start()
+    watching.join(20)
+    assert not watching.is_alive()
+    return watching
+
+
+@pytest.mark.parametrize(("status", "starts"), [(1, 4), (EXIT_CONFIG, 1)])
+def test_an_engine_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, status: int, starts: int) -> None:
+    """After as many restarts as there are pauses; at once where the configuration is to blame, which stays as it is."""
+    watching = supervised(tmp_path, monkeypatch, f"exit {status}")
+    assert (tmp_path / "starts").read_text().count("start") == starts
+    record = EngineRecord.read(tmp_path, 0)
+    assert (record.state, record.generation) == ("failed", 1 + starts)
+    assert watching.failure == record.error == f"the engine process ended with status {status}"
+
+
+def test_an_engine_that_dies_while_the_server_shuts_down_is_not_started_again(tmp_path, monkeypatch) -> None:
+    watching = supervised(tmp_path, monkeypatch, f"touch {tmp_path}/{supervisor.SHUTDOWN_MARK}; exit 1")
+    assert (tmp_path / "starts").read_text().count("start") == 1 and not watching.failure

@@ -172,7 +172,9 @@ def test_locust_splits_the_schedule_between_workers(server: RunningServer, tmp_p
     path = tmp_path / "locust.jsonl"
     options = ["--master", "--master-bind-port", port, "--expect-workers", "2", "GrpcStreamUser", "HttpStreamUser"]
     worker = [*LOCUST, "--worker", "--master-port", port, "GrpcStreamUser", "HttpStreamUser"]
-    workers = [subprocess.Popen(worker, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    workers = [
+        subprocess.Popen(worker, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)
+    ]
     try:
         run_locust(locust_command(server, path, *load, *options), tmp_path)
         assert [process.wait(20) for process in workers] == [0, 0]

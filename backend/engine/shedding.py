@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import StepModel
+from backend.engine.request import Request
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class Waiting:
     priority: int = 0
     accepted: bool = False
     judged: bool = False
+
+    @classmethod
+    def of(cls, request: Request, now: float) -> Waiting:
+        """`now` is time.monotonic()."""
+        params = request.params
+        return cls(
+            request.request_id,
+            now - request.arrival,
+            len(request.prompt_ids),
+            params.brownout == "never",
+            params.priority,
+            request.accepted,
+            request.judged,
+        )
 
 
 @dataclass(frozen=True)

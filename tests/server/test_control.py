@@ -25,8 +25,9 @@ from backend.serving.launch_client import RunningServer, running_server
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient, Held, Refused, Unreachable
 from tests.server.conftest import TINY
-from tests.server.observe import descendants, engine_processes, wait_until
+from tests.server.observe import descendants, engine_processes
 from tests.server.talk import HttpStream, ServerError, generate, get, grpc_infer, post, sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

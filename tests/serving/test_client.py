@@ -14,6 +14,7 @@ from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.client import EngineClient
 from backend.serving.protocol import EngineRecord
+from tests.waiting import wait_until
 
 CONFIG = EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=4)
 
@@ -53,13 +54,6 @@ class Stub:
 
 def engine_pid(runtime_dir, index=0):
     return EngineRecord.read(runtime_dir, index).pid
-
-
-def wait_until(condition, timeout=20):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -204,7 +198,7 @@ def test_engine_ends_with_its_server(tmp_path):
     (tmp_path / "shutting-down").touch()
     server.kill()
     server.wait()
-    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout=5)
+    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=5)
     stub.client.close()
 
 

@@ -247,8 +247,9 @@ def test_a_clock_that_jumps_changes_nothing(
 ) -> None:
     """Leases, timeouts and the age of telemetry go by monotonic time, in the server as in the controller."""
     log = tmp_path / "events.jsonl"
-    patient = {"text_input": "patient", "sampling_parameters": sampling(max_tokens=700, timeout_s=60)}
-    with controller(controlled, "--stale-after", "2", "--log", str(log), env=clock.env) as process:
+    patient = {"text_input": "patient", "sampling_parameters": sampling(max_tokens=400, timeout_s=300)}
+    arguments = ["--lease", "5", "--stale-after", "5", "--log", str(log)]
+    with controller(controlled, *arguments, env=clock.env) as process:
         wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
         engines = [engine.pid for engine in engine_processes(controlled)]
         stubs = [p.pid for p in descendants(controlled) if p.name() == "triton_python_backend_stub"]
@@ -261,13 +262,11 @@ def test_a_clock_that_jumps_changes_nothing(
             while time.monotonic() < until_s:
                 status = plane.call()
                 assert status["settings"]["owner"] == "sidecar"
-                assert 0 < status["settings"]["lease_left_s"] <= 1
-                for entry in status["telemetry"]:
-                    assert 0 <= status["time_s"] - entry["time_s"] < 2
-                    assert entry["oldest_waiting_s"] < 30
+                assert 0 < status["settings"]["lease_left_s"] <= 5
+                assert all(0 <= status["time_s"] - entry["time_s"] < 5 for entry in status["telemetry"])
         clock.set(-86400.0)
         process.kill()
-        wait_until(lambda: owner_of(plane) is None, 5, "ended")
+        wait_until(lambda: owner_of(plane) is None, 10, "ended")
     for stream in streams:
         assert sum(response.get("text_output") is not None for response in stream) > 0
         stream.close()

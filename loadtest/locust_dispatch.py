@@ -38,8 +38,13 @@ _RECORDS_MESSAGE = "open_loop_records"
 
 
 class Part(msgspec.Struct):
-    """What one sender sends. `start_unix_s` is the wall clock, which all machines share, at the schedule's zero."""
+    """What one sender sends, and where to: Locust's own message with the master's options may come later than this.
 
+    `start_unix_s` is the wall clock, which all machines share, at the schedule's zero.
+    """
+
+    host: str | None
+    grpc: str
     start_unix_s: float
     seed: int
     requests: list[tuple[int, Arrival, str]]
@@ -108,14 +113,16 @@ class OpenLoopTest:
             "%d requests over %.0f s, arrivals %s", info.planned_requests, info.duration_s, info.arrivals_sha256[:12]
         )
         for worker, requests in zip(workers, parts, strict=True):
-            part = Part(start_unix_s, info.seed, requests)
+            part = Part(environment.host, environment.parsed_options.grpc, start_unix_s, info.seed, requests)
             if worker is None:
                 self._begin(part)
             else:
                 environment.runner.send_message(_PART_MESSAGE, msgspec.json.encode(part), client_id=worker)
 
     def _on_part(self, msg, **_: object) -> None:
-        self._begin(msgspec.json.decode(msg.data, type=Part))
+        part = msgspec.json.decode(msg.data, type=Part)
+        self._environment.host, self._environment.parsed_options.grpc = part.host, part.grpc
+        self._begin(part)
 
     def _begin(self, part: Part) -> None:
         self._is_stopping = False

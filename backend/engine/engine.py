@@ -146,19 +146,16 @@ class Engine:
             mean_output_tokens=self.counters.mean_output_tokens,
         )
 
-    def not_started(self) -> Collection[Request]:
-        """The requests that wait for their first token's step."""
-        return self._requests.waiting.values()
+    @property
+    def requests(self) -> RequestBook:
+        """Those that have not ended, to look at."""
+        return self._requests
 
     def count_refused(self, prompt_tokens: Collection[int]) -> None:
         """Count requests with so many prompt tokens each that were refused early before they came here."""
         self.counters.requests += len(prompt_tokens)
         self.counters.prompt_tokens += sum(prompt_tokens)
         self.counters.requests_shed += len(prompt_tokens)
-
-    def retry_s(self) -> float | None:
-        """Seconds until the present queue has gone, from the rate at which requests ended lately, if any did."""
-        return self._requests.retry_s()
 
     def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
         """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.

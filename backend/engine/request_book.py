@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from backend.engine.admission import queue_full
@@ -24,6 +24,8 @@ class RequestBook:
         self.waiting: dict[object, Request] = {}
         #: Their prompt tokens.
         self.waiting_tokens = 0
+        #: How many there are of each priority, with whether they may be browned out; none that is 0.
+        self.waiting_classes: Counter[tuple[int, bool]] = Counter()
         self._requests: dict[object, Request] = {}
         self._deadlines = LazyHeap()
         self._end_times: deque[float] = deque(maxlen=_RATE_WINDOW)
@@ -66,6 +68,7 @@ class RequestBook:
         self._requests[request.request_id] = request
         self.waiting[request.request_id] = request
         self.waiting_tokens += len(request.prompt_ids)
+        self.waiting_classes[_class_of(request)] += 1
         if request.deadline is not None:
             self._deadlines.push((request.deadline, request.number), request)
 
@@ -73,6 +76,10 @@ class RequestBook:
         """Its prompt is being computed; may be said again."""
         if self.waiting.pop(request.request_id, None) is not None:
             self.waiting_tokens -= len(request.prompt_ids)
+            kind = _class_of(request)
+            self.waiting_classes[kind] -= 1
+            if not self.waiting_classes[kind]:
+                del self.waiting_classes[kind]
 
     def ended(self, request: Request) -> None:
         """All its sequences have finished; may be said again."""
@@ -88,3 +95,7 @@ class RequestBook:
         now = time.monotonic()
         while (first := self._deadlines.first()) is not None and first[0][0] <= now:
             yield first[1]
+
+
+def _class_of(request: Request) -> tuple[int, bool]:
+    return request.params.priority, request.params.brownout != "never"

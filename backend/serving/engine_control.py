@@ -114,22 +114,23 @@ class EngineControl:
         `seen_s` is the arrival of the latest request that has come.
         """
         engine, model, limit_s = self._engine, self._model, self._engine.config.shed_ttft_s
-        requests = engine.not_started()
-        state = self._state._replace(seen_s=seen_s, waiting=len(requests), retry_s=engine.retry_s() or math.nan)
+        requests = engine.requests
+        state = self._state._replace(
+            seen_s=seen_s, waiting=len(requests.waiting), retry_s=requests.retry_s() or math.nan
+        )
         if limit_s is None or not model.ready:
             state = state._replace(pace=state.pace._replace(free=engine.scheduler.num_free))
         else:
             load, settings, now = engine.load(), engine.settings, time.monotonic()
             thetas = settings.threshold_prefill, settings.threshold_decode
             pace = Pace.of(model, load, *(min(theta, self._settings.floor) for theta in thetas))
-            queued = sum(len(request.prompt_ids) for request in requests)
-            prefill = min(pace.chunk, load.waiting_tokens if pace.free > 0 else load.waiting_tokens - queued)
+            prefill = min(pace.chunk, load.waiting_tokens - (0 if pace.free > 0 else requests.waiting_tokens))
             step_s = float(model.predict_s(prefill, load.running, *thetas)) if engine.has_work else 0.0
             state = state._replace(
                 ready_s=now + step_s,
                 tokens=load.waiting_tokens - prefill,
-                max_priority=max((request.params.priority for request in requests), default=_LEAST),
-                any_auto=any(request.params.brownout != "never" for request in requests),
+                max_priority=max((priority for priority, _ in requests.waiting_classes), default=_LEAST),
+                any_auto=any(auto for _, auto in requests.waiting_classes),
                 allowed_s=limit_s * (1 - self._margin),
                 pace=pace,
             )

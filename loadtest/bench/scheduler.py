@@ -213,6 +213,7 @@ def telemetry_cost(running: int, waiting: int, prompt_tokens: int) -> TelemetryC
 
         def step() -> None:
             control.follow_settings()
+            control.announce(0.0)
             control.stepped(STEP_MS / 1e3)
 
         device = torch.device("cpu")
@@ -284,7 +285,7 @@ def table(report: SchedulerReport) -> Table:
         row("detokenising", report.detokenizing_us)
     if report.telemetry is not None:
         made.add_section()
-        row("telemetry: settings and counts of a step", report.telemetry.step_us)
+        row("telemetry: settings, queue and counts of a step", report.telemetry.step_us)
         row("telemetry: a write of the block", report.telemetry.write_us)
         row(f"telemetry: per step, a write every {WRITE_PERIOD_S * 1e3:.0f} ms", report.telemetry.per_step_us, "bold")
     return made

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backend.brownout.settings import Settings
+from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
 from backend.engine.engine import Engine
 from backend.engine.request import Request, RequestEnded, TokenOutput
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
+from tests.controller.readings import measured_steps
 
 
 def make_engine(**overrides) -> Engine:
@@ -218,6 +220,22 @@ def test_timeout_ends_a_request_with_an_error():
     assert [event.request_id for event in ended] == ["slow"]
     assert ended[0].outcome == "timeout" and "after 0.01 s" in ended[0].message
     assert len([event for event in events if event.request_id == "other"]) == 3
+
+
+def test_a_clock_that_is_set_makes_no_request_older(monkeypatch):
+    """Ages, timeouts and early refusals go by monotonic time."""
+    engine, real = make_engine(max_running=1), time.time
+    model = StepModel()
+    model.learn(measured_steps(count=20))
+    for name in ("runs", "waits"):
+        engine.add(Request(name, [1, 2], greedy(20, timeout_s=100)))
+    events = []
+    for number, offset_s in enumerate((0.0, 3600.0, -86400.0)):
+        monkeypatch.setattr(time, "time", lambda offset_s=offset_s: real() + offset_s)
+        engine.add(Request(number, [1, 2], greedy(2, timeout_s=100)))
+        events += engine.shed(model, 50.0) + engine.step()
+        assert 0 <= engine.load().oldest_waiting_s < 50
+    assert len(events) == 3 and all(isinstance(event, TokenOutput) for event in events)
 
 
 @pytest.mark.parametrize(

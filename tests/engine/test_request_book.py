@@ -26,13 +26,15 @@ def test_waiting_tokens_are_those_of_requests_that_have_not_started():
     first, second = request("a", 3), request("b", 5)
     book.add(first)
     book.add(second)
-    assert book.waiting_tokens == 8
+    assert (book.waiting_tokens, dict(book.waiting_classes)) == (8, {(0, True): 2})
     book.started(first)
     book.started(first)
-    assert book.waiting_tokens == 5 and list(book.waiting) == ["b"] and "a" in book
+    assert (book.waiting_tokens, dict(book.waiting_classes)) == (5, {(0, True): 1})
+    assert list(book.waiting) == ["b"] and "a" in book
     end(book, second)
     end(book, second)
-    assert book.waiting_tokens == 0 and len(book) == 1 and "b" not in book
+    assert (book.waiting_tokens, dict(book.waiting_classes)) == (0, {})
+    assert len(book) == 1 and "b" not in book
 
 
 def test_ids_in_use_and_full_queues_are_refused_with_a_hint_once_requests_have_ended():

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.server
 #: Of the engine, and the requests that are sent ten times a second before, in and after it.
 STALL_S, NUMBER = 2.0, 40
 ARRIVALS = "step:base=8,duration=3"
+LOCUST = [sys.executable, "-m", "locust", "-f", str(PRODUCT_ROOT / "loadtest" / "locustfile.py")]
 LOAD = ["--arrivals", ARRIVALS, "--seed", "5", "--input-tokens", "4-12", "--output-tokens", "2-9"]
 
 
@@ -135,9 +136,8 @@ def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServ
 
 
 def locust_command(server: RunningServer, path: Path, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "locust", "-f", str(PRODUCT_ROOT / "loadtest" / "locustfile.py"), "--headless"]
-    command += ["--host", f"http://{server.http}", "--grpc", server.grpc, "--record", str(path), "--only-summary"]
-    return [*command, *options]
+    command = [*LOCUST, "--headless", "--host", f"http://{server.http}", "--grpc", server.grpc]
+    return [*command, "--record", str(path), "--only-summary", *options]
 
 
 def run_locust(command: list[str], folder: Path) -> None:
@@ -167,12 +167,21 @@ def test_locust_sends_the_schedule_over_every_interface(server: RunningServer, t
 
 
 def test_locust_splits_the_schedule_between_workers(server: RunningServer, tmp_path: Path) -> None:
-    """Together they send what one sender would, at the same intended times."""
+    """Together they send what one sender would, at the same intended times; of the server they know from the master."""
     load = ["--arrivals", "poisson:rate=15,duration=2", "--input-tokens", "4", "--output-tokens", "2"]
     port = str(free_port())
-    ports = ["--master-bind-port", port, "--master-port", port]
     path = tmp_path / "locust.jsonl"
-    run_locust(locust_command(server, path, *load, "--processes", "2", *ports, "GrpcStreamUser"), tmp_path)
+    options = ["--master", "--master-bind-port", port, "--expect-workers", "2", "GrpcStreamUser", "HttpStreamUser"]
+    worker = [*LOCUST, "--worker", "--master-port", port, "GrpcStreamUser", "HttpStreamUser"]
+    workers = [
+        subprocess.Popen(worker, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)
+    ]
+    try:
+        run_locust(locust_command(server, path, *load, *options), tmp_path)
+        assert [process.wait(20) for process in workers] == [0, 0]
+    finally:
+        for process in workers:
+            process.kill()
     start_s = json.loads(path.with_suffix(".summary.json").read_text())["run"]["started_monotonic_s"]
     planned = build_schedule(load[1], input_tokens="4", output_tokens="2").arrivals
     records = read_records(path)

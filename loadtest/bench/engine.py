@@ -163,10 +163,7 @@ def run(
             united=united,
             similarity=similarity,
             widen_experts=widen,
-            max_model_len=work.prompt_tokens + work.new_tokens,
-            # On a GPU each further size of a batch takes time to capture.
-            max_running=max(64 if on_gpu else 256, work.requests),
-            max_waiting=max(1024, work.requests),
+            **sizes_for(work, on_gpu),
         )
         ours = OurEngine(config)
         prompts = (
@@ -227,6 +224,16 @@ def run(
             result["memory_growth"] = ours.growth(work, steps)
             write(result)
     return result
+
+
+def sizes_for(work: Workload, on_gpu: bool) -> dict[str, int]:
+    """Parameters of an engine that serves this work."""
+    return {
+        "max_model_len": work.prompt_tokens + work.new_tokens,
+        # On a GPU each further size of a batch takes time to capture, and each sequence memory.
+        "max_running": max(64 if on_gpu else 256, work.requests),
+        "max_waiting": max(1024, work.requests),
+    }
 
 
 def _prompts_of(text: Sequence[Path], work: Workload, checkpoint: str, vocab_size: int) -> list[list[int]]:
@@ -326,7 +333,10 @@ def _figures(
 
 def _slots(point: AtSettings, work: Workload) -> dict:
     context = work.prompt_tokens + work.new_tokens / 2
+    step_s = point.decode_step_s
     return {
+        # From step to step, while `step_ms` follows from the rate, to which steps that also compute prompts contribute.
+        "decode_step_ms": None if step_s is None else step_s * 1e3,
         "decode_step_bytes": point.ours.decode_step_bytes(point.stats.active_slots, work.requests, context),
         "active_slots_per_layer": point.stats.active_slots,
         "active_slots_by_layer": point.stats.active_slots_by_layer,

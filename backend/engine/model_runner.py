@@ -30,6 +30,8 @@ _CPU_KV_LIMIT_BYTES = 2**30
 _GPU_FREE_SHARE = 0.85
 #: Tokens of the prefill steps that are run at the start, beside the largest: kernels differ with sizes and divisibility.
 _WARM_UP_TOKENS = (5, 100, 600)
+#: Shortest context of the single tokens that are computed at the start; attention splits longer ones into more parts.
+_WARM_UP_CONTEXT = 256
 
 
 class ModelRunner:
@@ -108,13 +110,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _warm_up(self, max_batch_tokens: int) -> None:
-        """Run prefill steps of several sizes and capture the decode steps.
+        """Run prefill steps of several sizes, single tokens in contexts of several lengths, and capture the decode steps.
 
         Kernels are compiled here and not in the middle of a request, and if the memory does not suffice, that shows now.
         """
         most = min(max_batch_tokens, self.num_blocks * self.block_size)
         for tokens in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
             self.model.forward(self._prompts(tokens), self.kv_cache)
+        for length in _doubling(_WARM_UP_CONTEXT, self.max_model_len):
+            self.model.forward(self._last_token(length), self.kv_cache)
         if self.graphs is not None:
             self.graphs.capture_all(self.model.variant)
         self.model.forget_step()
@@ -140,6 +144,17 @@ class ModelRunner:
             for entries in (schedule.sequences, schedule.num_tokens):
                 entries.insert(0, entries.pop())
             schedule.num_decodes = 1
+        return build_batch(schedule, self.block_size, self.device)
+
+    def _last_token(self, length: int) -> ForwardBatch:
+        """A step that computes the last token of one sequence, as it stands beside prompts in a step."""
+        sequence = Request("warm-up", [0] * length, SamplingParams()).sequences[0]
+        sequence.num_computed = length - 1
+        sequence.blocks.extend(range(-(-length // self.block_size)))
+        schedule = Schedule()
+        schedule.sequences.append(sequence)
+        schedule.num_tokens.append(1)
+        schedule.num_decodes = 1
         return build_batch(schedule, self.block_size, self.device)
 
     def apply(self, settings: Settings) -> None:
@@ -258,6 +273,11 @@ class ModelRunner:
             free, _ = torch.cuda.mem_get_info(self.device)
             return int(free * _GPU_FREE_SHARE)
         return _CPU_KV_LIMIT_BYTES
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, 2 * first, … below `last`, and `last`."""
+    return [*(first << i for i in range(64) if first << i < last), last]
 
 
 def resolve_cuda_graphs(setting: str, device: torch.device) -> bool:

@@ -97,13 +97,20 @@ def default_tiles(shape: ExpertShape) -> dict[str, TileConfig]:
 
 
 def write_entries(folder: Path, shape: ExpertShape, entries: Iterable[dict[str, object]]) -> Path:
-    """Write the tuned entries (see `entry`) of one file, sorted; returns its path."""
+    """Write tuned entries (see `entry`) into their file, in place of those it has for the same sizes; returns its path."""
+
+    def key(one: dict[str, object]) -> tuple:
+        return str(one["phase"]), int(one["slots"]), int(one["tokens"]), int(one["top_k"])
+
     path = folder / file_name(shape)
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = sorted(entries, key=lambda e: (str(e["phase"]), int(e["slots"]), int(e["tokens"])))
-    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     _entries.cache_clear()
     expert_tiles.cache_clear()
+    ordered = [one for _, one in sorted({key(one): one for one in (*_entries(path), *entries)}.items())]
+    part = path.with_suffix(".part")  # whoever reads meanwhile, or if this is cut off, finds the old file
+    part.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    _entries.cache_clear()
     return path
 
 

@@ -181,14 +181,17 @@ class MoeModel:
     def slot_usage(self) -> tuple[list[int], float]:
         """Of the last step: active slots of each MoE layer, and assignments per token and layer that were computed.
 
-        Zeros before the first step. Reads the device, so it is for occasional telemetry.
+        Zeros before the first step. Reads the device, once, so it is for occasional telemetry.
         """
-        layers = [block.last_slots for block in self.moe_blocks]
-        served = [slots[slots >= 0] for slots in layers if slots is not None]
-        if not served:
-            return [0] * len(layers), 0.0
-        tokens = sum(len(slots) for slots in layers if slots is not None)
-        return [len(slots.unique()) for slots in served], sum(len(slots) for slots in served) / tokens
+        layers = [block.last_slots for block in self.moe_blocks if block.last_slots is not None]
+        if not layers:
+            return [0] * len(self.moe_blocks), 0.0
+        slots = torch.stack(layers).flatten(1)  # [layers, T * K]
+        # Experts that a step waits for have numbers beyond the slots; the first place is that of skipped assignments.
+        most = max(block.expert_map.num_slots for block in self.moe_blocks) + self.config.num_experts
+        in_use = slots.new_zeros(len(layers), most + 1).scatter_(1, slots + 1, 1)
+        *active, served = torch.cat([in_use[:, 1:].sum(1), (slots >= 0).sum().view(1)]).tolist()
+        return active, served / (len(layers) * len(layers[0]))
 
     @property
     def variant(self) -> tuple[str, str]:

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -22,13 +23,16 @@ from rich.table import Table
 
 from backend.config import ENV_PREFIX
 from backend.serving.launch_client import RunningServer, running_server
-from controller.client import MODEL, BrownoutClient
 from controller.laws import Limits, Predictive
 from controller.window import Window
 from loadtest.bench import options
 from loadtest.bench.workload import machine, write_json
-from loadtest.clients import Clients
 from loadtest.prompts import GeneratedPrompts
+
+# Imported where they are used: other benchmarks run where no client is installed.
+if TYPE_CHECKING:
+    from controller.client import BrownoutClient
+    from loadtest.clients import Clients
 
 HELP = "how soon a decision of the controller acts"
 #: Alternating thresholds, so that every setting is a change; `drop` needs no united experts.
@@ -68,6 +72,8 @@ def table(result: dict, checkpoint: str) -> Table:
 
 def run(checkpoint: str, *, dtype: str, device: str, requests: int, changes: int) -> dict:
     """Milliseconds, median and p99 over all changes, of each part and of all from reading to acting."""
+    from controller.client import BrownoutClient
+
     settings = {"checkpoint": checkpoint, "dtype": dtype, "device": device}
     env = {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
     parts: dict[str, list[float]] = {}
@@ -130,6 +136,8 @@ def _turn(
 
 
 def _set_over_http(server: RunningServer, **values: float | str) -> dict:
+    from controller.client import MODEL
+
     token = os.environ.get("BROWNOUT_CONTROL_TOKEN")
     body = json.dumps(values | ({"token": token} if token else {})).encode()
     request = urllib.request.Request(f"http://{server.http}/v2/models/{MODEL}/generate", body)
@@ -140,6 +148,8 @@ def _set_over_http(server: RunningServer, **values: float | str) -> dict:
 @contextlib.contextmanager
 def _kept_busy(server: RunningServer, requests: int) -> Iterator[None]:
     """So many requests at once, each followed by another; their answers come whole, so that clients cost little."""
+    from loadtest.clients import Clients
+
     stop = threading.Event()
     prompts = GeneratedPrompts(0)
     sampling = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}

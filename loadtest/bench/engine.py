@@ -160,10 +160,7 @@ def run(
             united=united,
             similarity=similarity,
             widen_experts=widen,
-            max_model_len=work.prompt_tokens + work.new_tokens,
-            # On a GPU each further size of a batch takes time to capture.
-            max_running=max(64 if on_gpu else 256, work.requests),
-            max_waiting=max(1024, work.requests),
+            **sizes_for(work, on_gpu),
         )
         ours = OurEngine(config)
         prompts = (
@@ -224,6 +221,16 @@ def run(
             result["memory_growth"] = ours.growth(work, steps)
             write(result)
     return result
+
+
+def sizes_for(work: Workload, on_gpu: bool) -> dict[str, int]:
+    """Parameters of an engine that serves this work."""
+    return {
+        "max_model_len": work.prompt_tokens + work.new_tokens,
+        # On a GPU each further size of a batch takes time to capture, and each sequence memory.
+        "max_running": max(64 if on_gpu else 256, work.requests),
+        "max_waiting": max(1024, work.requests),
+    }
 
 
 def _prompts_of(text: Sequence[Path], work: Workload, checkpoint: str, vocab_size: int) -> list[list[int]]:

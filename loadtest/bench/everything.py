@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.brownout.settings import Settings
+from backend.config import EngineConfig
 from backend.errors import ConfigError
 from backend.kernels import kernels_for
 from backend.models.dummy import SHAPES
-from loadtest.bench import engine, kernels, options, scheduler, server
+from loadtest.bench import engine, kernels, options, precompile, scheduler, server
 from loadtest.bench.budget import Budget
 from loadtest.bench.engine_tables import show
 from loadtest.bench.interpreter import INTERPRETER, kernels_on
@@ -30,11 +31,18 @@ HELP = "all of them, correctness first"
 #: Engine points beside no brownout: way and threshold of both phases.
 BROWNOUT_POINTS = ((2, 0.0), (4, 0.2), (8, 0.4), (8, 0.0))
 #: Share of what is left of the budget that each part may take, in order; what it leaves goes to the later ones.
-_SHARES = {"kernels": 0.3, "engine": 0.6, "engine, skewed routing": 0.6, "server": 0.7, "scheduler": 1.0}
+_SHARES = {
+    "compile": 0.2,
+    "kernels": 0.3,
+    "engine": 0.6,
+    "engine, skewed routing": 0.6,
+    "server": 0.7,
+    "scheduler": 1.0,
+}
 SKEWED = "zipf:1"
 #: What the targets of a GPU are for, and what an interpreter gets through.
 _GPU_WORK = Workload(requests=64, prompt_tokens=448, new_tokens=128)
-_INTERPRETED_WORK = Workload(requests=2, prompt_tokens=6, new_tokens=4)
+_INTERPRETED_WORK = Workload(requests=2, prompt_tokens=6, new_tokens=3)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +133,13 @@ def run(
 
         return keep
 
+    def compile_beforehand(limit: Budget) -> None:
+        ways = ",".join(str(way) for way in sorted({way for way, _ in BROWNOUT_POINTS}))
+        config = EngineConfig(
+            checkpoint=checkpoint, device=str(device), dtype=dtype, united=ways, **engine.sizes_for(work, on_gpu=True)
+        )
+        enter("compile")({"pieces": precompile.compile_all(config, kernels.dtype_of(dtype, device), limit.left_s)})
+
     def measure_kernels(limit: Budget) -> None:
         kind = kernels.dtype_of(dtype, device)
         for report in kernels.measure(kernels_for(device), device, kind, [shape], runs, limit):
@@ -179,6 +194,8 @@ def run(
             measured = {"skipped": f"{type(error).__name__}: {error}"}
         enter("server")(measured)
 
+    if device.type == "cuda":
+        part("compile", compile_beforehand)
     part("kernels", measure_kernels)
     part("engine", measure_engine("engine", "uniform", peers))
     if skewed:
@@ -195,13 +212,10 @@ def add_floors(measured: dict, report: object) -> None:
         return
     floors = next(iter(report.floors.values()))
     for figures in (measured, *measured.get("points", {}).values()):
-        tokens_per_s = measured["decode_tokens_per_s"]
-        if figures is not measured and "median" in figures:
-            tokens_per_s = figures["median"].decode_tokens_per_s
-        if "decode_step_bytes" in figures:
-            floor_s = figures["decode_step_bytes"] / floors.bytes_per_s
-            figures["decode_floor_ms"] = floor_s * 1e3
-            figures["decode_step_over_floor"] = measured["workload"].requests / tokens_per_s / floor_s
+        if (step_ms := figures.get("decode_step_ms")) is not None:
+            floor_ms = figures["decode_step_bytes"] / floors.bytes_per_s * 1e3
+            figures["decode_floor_ms"] = floor_ms
+            figures["decode_step_over_floor"] = step_ms / floor_ms
 
 
 def _as_dict(partial: object) -> dict:
@@ -234,6 +248,8 @@ def _line(name: str, part: object) -> str:
         ]
         return "scheduler and batch: " + "; ".join(costs)
     assert isinstance(part, dict)
+    if name == "compile":
+        return f"{part['pieces']} pieces"
     if name.startswith("engine"):
         lines = [f"decode {part['decode_tokens_per_s']:.0f}, prefill {part['prefill_tokens_per_s']:.0f} tokens/s"]
         if "decode_step_over_floor" in part:

@@ -19,7 +19,8 @@ device=${DEVICE:-cuda}
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=$(command -v python3)
-export PYTHONUNBUFFERED=1 PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+# COLUMNS: the width of tables, which are not cut where the output is no terminal.
+export PYTHONUNBUFFERED=1 COLUMNS=160 PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$folder"
 status=0
 
@@ -30,7 +31,8 @@ part() {
   local name=$1 limit=$2 result
   shift 2
   echo "== $name, at most $limit s"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$folder/$name.log"
+  # Interrupted, pytest still says what has failed.
+  timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$folder/$name.log"
   result=${PIPESTATUS[0]}
   echo "== $name ended with status $result after $SECONDS s in all" | tee -a "$folder/parts.txt"
   [ "$result" -eq 0 ] || status=1
@@ -39,7 +41,7 @@ part() {
 { date -u; nvidia-smi; "$python" -c 'import torch, triton, transformers as t; print(torch.__version__, triton.__version__, t.__version__)'; } \
   > "$folder/machine.txt" 2>&1
 
-tests=(-m pytest tests/kernels/gpu tests/engine/test_cuda_graphs.py tests/engine/test_sampler.py tests/engine/test_async.py -q -p no:cacheprovider)
+tests=(-m pytest tests/kernels/gpu tests/engine/test_cuda_graphs.py tests/engine/test_sampler.py tests/engine/test_async.py -v --tb=short -p no:cacheprovider)
 # Most of the time is compiling, which several processes share.
 "$python" -c 'import xdist' 2> /dev/null && tests+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 if [ "$device" = interpreter ]; then
@@ -48,13 +50,16 @@ if [ "$device" = interpreter ]; then
   bench=(--device interpreter --shape tiny --runs 1)
 else
   tests+=(-m gpu)
-  tune=(--device "$device" --shape "${SHAPE:-qwen1.5-moe-a2.7b}")
+  # The slots of the engine that is measured after it.
+  tune=(--device "$device" --shape "${SHAPE:-qwen1.5-moe-a2.7b}" --united-ways 2 4 8)
   bench=(--device "$device" --shape "${SHAPE:-qwen1.5-moe-a2.7b}" --peer transformers)
 fi
 
 part tests $((seconds * 27 / 100)) "$python" "${tests[@]}"
 limit=$((seconds * 25 / 100))
-part tune "$limit" "$python" -m loadtest.bench tune "${tune[@]}" --budget-s $((limit * 8 / 10))
+search=$((limit * 8 / 10))
+[ "$device" = interpreter ] && search=$((limit / 10)) # candidates say nothing there
+part tune "$limit" "$python" -m loadtest.bench tune "${tune[@]}" --budget-s "$search"
 [ "$device" = interpreter ] || cp -r backend/kernels/tuned "$folder/" 2> /dev/null
 limit=$(left)
 part bench "$limit" "$python" -m loadtest.bench all "${bench[@]}" --budget "$((limit * 85 / 100))s" --json "$folder/bench.json"

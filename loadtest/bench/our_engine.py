@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
+from operator import sub
 from unittest.mock import patch
 
 from backend.brownout.settings import Settings
@@ -35,6 +37,8 @@ class OurEngine:
         self._before_bytes = 0 if self.device.type == "cuda" else before
         #: Of the step half-way through the last run, when all requests decode.
         self.stats = self.engine.stats()
+        #: Median time from one step in which all requests got a token to the next, of the last run that had such steps.
+        self.decode_step_s: float | None = None
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         """Complete all prompts greedily, from handing them over to the last token; nothing is cached from earlier runs."""
@@ -42,14 +46,18 @@ class OurEngine:
         started = time.perf_counter()
         self._add(prompts, new_tokens)
         tokens: list[list[int]] = [[] for _ in prompts]
-        made, half = 0, len(prompts) * new_tokens // 2
+        made, half, ended = 0, len(prompts) * new_tokens // 2, []
         while self.engine.has_work:
             before = made
             for event in self.engine.step():
                 made += _take(event, tokens)
+            if made - before == len(prompts):
+                ended.append(time.perf_counter())
             if before < half <= made:
                 self.stats = self.engine.stats()
         elapsed = time.perf_counter() - started
+        if len(ended) > 1:
+            self.decode_step_s = statistics.median(map(sub, ended[1:], ended))
         if made != len(prompts) * new_tokens:
             raise RuntimeError(f"{made} tokens were made instead of {len(prompts) * new_tokens}")
         return Run(elapsed, tokens)
@@ -162,12 +170,12 @@ class AtSettings:
         """Raises ConfigError if the engine cannot be set so."""
         ours.engine.set_settings(settings)
         self.ours, self.settings = ours, settings
-        self.stats = ours.stats
+        self.stats, self.decode_step_s = ours.stats, ours.decode_step_s
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         self.ours.engine.set_settings(self.settings)
         run = self.ours.run(prompts, new_tokens)
-        self.stats = self.ours.stats
+        self.stats, self.decode_step_s = self.ours.stats, self.ours.decode_step_s
         return run
 
 

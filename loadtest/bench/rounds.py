@@ -73,7 +73,10 @@ def figures(
 
 def _slots(point: AtSettings, work: Workload) -> dict:
     context = work.prompt_tokens + work.new_tokens / 2
+    step_s = point.decode_step_s
     return {
+        # From step to step, while `step_ms` follows from the rate, to which steps that also compute prompts contribute.
+        "decode_step_ms": None if step_s is None else step_s * 1e3,
         "decode_step_bytes": point.ours.decode_step_bytes(point.stats.active_slots, work.requests, context),
         "active_slots_per_layer": point.stats.active_slots,
         "active_slots_by_layer": point.stats.active_slots_by_layer,

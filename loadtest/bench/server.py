@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.config import ENV_PREFIX, EngineConfig
+from backend.engine.model_runner import resolve_device
 from backend.serving.launch_client import running_server
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
+from loadtest.bench.engine import sizes_for
 from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.workload import Workload, machine, write_json
 
@@ -156,7 +158,7 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
         "checkpoint": checkpoint,
         "dtype": dtype,
         "device": device,
-        "max_model_len": work.prompt_tokens + work.new_tokens,
+        **sizes_for(work, resolve_device(device.partition(",")[0].strip()).type == "cuda"),
     }
     env = {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in parameters.items()}}
     tokens = work.requests * work.new_tokens

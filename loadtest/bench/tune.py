@@ -107,12 +107,16 @@ def main(args: argparse.Namespace, console: Console) -> int:
             number = compile_all(shapes, routing, str(device), _COMPILING * args.budget_s)
             console.print(f"Compiled {number} pairs of candidates.")
         left = args.budget_s - (time.monotonic() - started)
-        results = tune(shapes, Layers(routing, str(device)).measure, left, console)
+        results = []
+        # Interpreted kernels take seconds, and there is no cache to be kept out of.
+        layers = Layers(routing, str(device), copies=1 if interpreted else None)
+        for result in tune(shapes, layers.measure, left, console):
+            results.append(result)
+            path = write_entries(args.folder, result.shape, [entry(result.shape, result.tiles)])
     if not results:
         console.print("[red]no candidate was measured: raise --budget-s[/red]")
         return 1
     console.print(_table(args.shape, results))
-    path = write_entries(args.folder, shapes[0], [entry(result.shape, result.tiles) for result in results])
     console.print(f"Wrote {path}.")
     return 0
 
@@ -139,18 +143,18 @@ def _device_name(device: object) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def tune(shapes: list[ExpertShape], measure: Measure, budget_s: float, console: Console) -> list[Tuned]:
+def tune(shapes: list[ExpertShape], measure: Measure, budget_s: float, console: Console) -> Iterator[Tuned]:
     """The fastest tiles for each shape; shapes share the time evenly, and those it does not reach are left out."""
-    deadline, results = time.monotonic() + budget_s, []
+    deadline = time.monotonic() + budget_s
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=len(shapes))
         for number, shape in enumerate(shapes):
             left = deadline - time.monotonic()
             if left > 0:
                 result = _tune_one(shape, measure, time.monotonic() + left / (len(shapes) - number))
-                results += [] if result is None else [result]
+                if result is not None:
+                    yield result
             progress.advance(task)
-    return results
 
 
 def _tune_one(shape: ExpertShape, measure: Measure, deadline: float) -> Tuned | None:
@@ -270,7 +274,7 @@ class Layers:
         ]
         try:
             calls[0]()
-        except triton.runtime.errors.OutOfResources:
+        except (triton.TritonError, RuntimeError):  # what does not fit, or what the compiler cannot make
             return None
         return calls
 

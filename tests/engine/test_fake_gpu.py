@@ -7,12 +7,13 @@ Whatever would meet a tensor on another device, or make the host wait for the de
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,8 +83,11 @@ class Indexing(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def part(self, x: torch.Tensor, index: object) -> torch.Tensor:
-        dim = 0
-        for item in index if isinstance(index, tuple) else (index,):
+        dim, items = 0, index if isinstance(index, tuple) else (index,)
+        for number, item in enumerate(items):
+            if item is ...:
+                dim = x.dim() - (len(items) - 1 - number)
+                continue
             if item is None:
                 x = x.unsqueeze(dim)
             elif isinstance(item, slice):
@@ -156,6 +160,14 @@ def add(engine: Engine, number: int, **params: object) -> None:
     engine.add(Request(number, [1 + number] * (5 + 30 * number), SamplingParams(**params)))
 
 
+def give_tables(engine: Engine) -> None:
+    """United experts and similarities, which cannot be made without values."""
+    for block in engine.runner.model.moe_blocks:
+        block.similarity = torch.empty(8, 8, device="cuda")
+        block.expert_map._united_slots_of_way[4] = torch.empty(8, dtype=torch.int64, device="cuda")
+    engine.runner.available = replace(engine.runner.available, ways=(4,), similarity=True)
+
+
 KINDS = [
     {},
     {"temperature": 1.0},
@@ -164,11 +176,12 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("mechanism", [None, "drop", "top_k", "piggyback"])
+@pytest.mark.parametrize("mechanism", [None, "united", "drop", "reroute", "top_k", "piggyback"])
 @pytest.mark.parametrize("graphs", ["on", "off"])
 def test_a_step_stays_on_the_device_and_waits_once(gpu, graphs: str, mechanism: str | None) -> None:
     engine = make_engine(cuda_graphs=graphs)
     assert engine.overlap and engine.runner.device == torch.device("cuda", 0)
+    give_tables(engine)
     if mechanism is not None:
         engine.set_settings(Settings(threshold_prefill=0.5, threshold_decode=0.5, mechanism=mechanism))
     for number, params in enumerate(KINDS):
@@ -181,6 +194,28 @@ def test_a_step_stays_on_the_device_and_waits_once(gpu, graphs: str, mechanism: 
         assert gpu.waits - waits <= (1 if mechanism is None else 2), "tokens, and what brownout replaced"
         assert steps < 30
     assert steps >= 6 and gpu.launches > launches
+
+
+def test_a_decode_step_is_few_launches(gpu) -> None:
+    """A layer: two norms, heads into the cache, attention, the choice of experts in five, the experts in three."""
+    engine = make_engine(cuda_graphs="off")
+    give_tables(engine)
+    engine.set_settings(Settings(threshold_prefill=0.5, threshold_decode=0.5))
+    add(engine, 0)
+    add(engine, 1)
+    engine.step()
+    launches = gpu.launches
+    engine.step()
+    assert gpu.launches - launches <= 2 * 12 + 1, "two layers and the last norm"
+
+
+def test_the_load_of_experts_is_read_at_once(gpu, monkeypatch) -> None:
+    engine, read = make_engine(), []
+    add(engine, 0)
+    engine.step()
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: (read.append(x.device.type), [1.0] * len(x))[1])
+    active, assignments = engine.runner.model.slot_usage()
+    assert read == ["cuda"] and active == [1.0, 1.0] and assignments > 0
 
 
 def test_experts_in_eight_bits_are_made_on_the_device(gpu, monkeypatch) -> None:

@@ -56,6 +56,14 @@ def test_the_nearest_tuned_entry_of_the_phase_is_used(tmp_path: Path) -> None:
     assert expert_tiles(replace(SHAPE, device="other"), tmp_path) == default_tiles(SHAPE)
 
 
+def test_later_entries_replace_those_of_the_same_sizes_only(tmp_path: Path) -> None:
+    first, second = default_tiles(SHAPE), {k: replace(t, num_stages=2) for k, t in default_tiles(SHAPE).items()}
+    other = replace(SHAPE, tokens=1)
+    for shape, tiles in ((SHAPE, first), (other, first), (SHAPE, second)):
+        write_entries(tmp_path, shape, [entry(shape, tiles)])
+    assert expert_tiles(SHAPE, tmp_path) == second and expert_tiles(other, tmp_path) == first
+
+
 @pytest.mark.parametrize("wrong", [{"rows": 24}, {"columns": 8}, {"num_warps": 3}, {"num_stages": 0}])
 def test_impossible_tiles_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -49,7 +49,8 @@ def _top_k_kernel(
     experts = tl.zeros([ROWS, PLACES], tl.int32)
     weights = tl.zeros([ROWS, PLACES], tl.float32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(left, 1)[:, None]
+        # Without a best one (NaN) still an expert that exists: tables are read at its place.
+        best = tl.minimum(tl.argmax(left, 1), num_experts - 1)[:, None]
         experts = tl.where(place == k, best, experts)
         weights = tl.where(place == k, tl.max(left, 1)[:, None], weights)
         left = tl.where(expert == best, -1.0, left)

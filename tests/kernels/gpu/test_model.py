@@ -37,7 +37,7 @@ class Repeat:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the engine's own tests run on the GPU there")
 def test_an_engine_on_gpu_kernels_makes_the_same_tokens(monkeypatch) -> None:
-    """Chunked prompts beside decodes, and decode steps with padding rows."""
+    """Chunked prompts beside decodes, and decode steps with padding rows; the shared expert is in slots, as on a GPU."""
 
     def tokens(with_graphs: bool) -> dict[object, list[int]]:
         config = EngineConfig(
@@ -46,6 +46,7 @@ def test_an_engine_on_gpu_kernels_makes_the_same_tokens(monkeypatch) -> None:
         engine, made = Engine(config), {}
         runner = engine.runner
         if with_graphs:
+            runner.model.fold_shared_experts()
             blocks = runner.num_blocks + 1
             runner.kv_cache = KVCache(
                 runner.model.config, blocks, runner.block_size, dtype=runner.model.dtype, device=runner.device

@@ -69,13 +69,16 @@ def test_without_united_experts_everything_stays(run) -> None:
     assert torch.equal(actual_slots, slots[experts]) and torch.equal(actual_weights, weights)
 
 
-@pytest.mark.parametrize("mechanism", ["reroute", "top_k"])
+@pytest.mark.parametrize("mechanism", ["reroute", "top_k", "piggyback"])
 def test_other_mechanisms_are_those_of_the_reference(run, mechanism: str) -> None:
     (experts, weights, slots), more = make(12, 8, 3, 2, seed=2)
     args = (experts, weights, slots, torch.tensor([0.4, 0.5, 1.0, 1.0]), more["token_class"])
-    if mechanism == "top_k":
-        actual, _ = run(gpu.select_experts, *args, renormalize=True)
-        expected = reference.remap.select_experts(*args, renormalize=True)
+    if mechanism != "reroute":
+        options = {"renormalize": True}
+        if mechanism == "piggyback":
+            options["scores"] = torch.rand(12, 8, generator=torch.Generator().manual_seed(3))
+        actual, _ = run(gpu.select_experts, *args, **options)
+        expected = reference.remap.select_experts(*args, **options)
     else:
         options = {"similarity": torch.rand(8, 8), "similarity_min": torch.tensor(0.5)}
         actual, _ = run(gpu.remap_experts, *args, mechanism=mechanism, **options)

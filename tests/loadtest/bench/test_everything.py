@@ -1,6 +1,9 @@
 """All benchmarks in one run: what fails or finds no time is entered with its reason, and the rest goes on."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +88,7 @@ def test_a_machine_without_a_server_is_no_failure(quick_parts, monkeypatch, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 def test_everything_runs_to_its_end_on_interpreted_gpu_kernels(monkeypatch, tmp_path):
     """What is done on a GPU, at sizes and with times that say nothing."""
@@ -114,3 +118,10 @@ def test_parts_without_time_are_skipped(quick_parts, tmp_path):
     result = run(tmp_path / "all.json", Budget(10.0, clock=lambda: next(now)))
     assert isinstance(result["kernels"], kernels.KernelReport)
     assert result["server"] == {"skipped": "the budget was spent"}
+
+
+def test_benchmarks_are_there_where_no_client_or_server_is_installed():
+    """A machine lent for measuring on its GPU has little more than torch."""
+    absent = "import sys; sys.modules.update(dict.fromkeys(('tritonclient', 'grpc', 'zmq', 'locust', 'gevent')))"
+    code = f"{absent}; from loadtest.bench.__main__ import parser; parser().parse_args(['all'])"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

@@ -79,10 +79,11 @@ class EngineConfig:
     drain_timeout_s: float = 5.0
     #: Threads of the engine's CPU kernels; default: torch's own choice.
     cpu_threads: int | None = None
-    #: `local`: all experts on the device; `resident`: some of them, the others in the memory-mapped checkpoint (CPU) or pinned
+    #: `local`: all experts on the device; `workers:N`: on N workers that Ray starts (CPU only); `resident`: some of them, the others in the memory-mapped checkpoint (CPU) or pinned
     #: host memory (CUDA), from where those that are expected to be needed are fetched.
     expert_pool: str = "local"
-    #: With `resident`: the share of each layer's experts that the device holds (0.5), or the bytes for them (2G).
+    #: With `resident` and `workers:N`: the share of each layer's experts that the device or each worker holds (0.5), or the
+    #: bytes for them (2G).
     resident_experts: str = "0.5"
     #: What serves an expert that is not there: `united` (its group's united expert; requests that are never browned out wait
     #: nevertheless) or `wait` (itself: every step waits for what it needs).
@@ -90,6 +91,10 @@ class EngineConfig:
     #: What experts are fetched by: `predictor` (load-predictor.safetensors beside the checkpoint), `ewma` (past loads), `auto`
     #: (the predictor if there is one) or `none` (nothing is fetched ahead).
     expert_prefetch: str = "auto"
+    #: Ray cluster for `workers:N` (host:port, or auto); default: one of the engine's own, on this machine.
+    ray_address: str = ""
+    #: Seconds after which a worker that has not answered counts as lost.
+    exchange_timeout_s: float = 5.0
     #: Repeat the intermediate neurons of each routed and united expert so often and divide their down projections by it:
     #: the same function at so many times the cost, to see on a small model what a large one gains.
     widen_experts: int = 1
@@ -125,6 +130,7 @@ class EngineConfig:
             "left out when kv_cache_memory is given",
         )
         check(self.shed_ttft_s is None or self.shed_ttft_s > 0, "shed_ttft_s", "greater than 0 seconds")
+        check(0 < self.exchange_timeout_s <= 3600, "exchange_timeout_s", "greater than 0 and at most 3600 seconds")
         check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
         _ = self.pool  # raises for unusable values
         # The resident pool fetches weights in the type of the checkpoint, and looks at loads between steps.
@@ -140,7 +146,8 @@ class EngineConfig:
     @property
     def pool(self) -> PoolOptions:
         """Which pool serves the experts."""
-        return PoolOptions(self.expert_pool, self.resident_experts, self.expert_miss, self.expert_prefetch)
+        names = (field.name for field in fields(PoolOptions))
+        return PoolOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def devices(self) -> tuple[str, ...]:

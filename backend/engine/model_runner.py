@@ -10,6 +10,7 @@ import torch
 
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
+from backend.elastic.worker_pool import WorkerPool
 from backend.engine.batch import build_batch
 from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
 from backend.engine.request import Request
@@ -64,6 +65,8 @@ class ModelRunner:
             self.model.fold_shared_experts()
         if config.expert_dtype == "fp8":
             self.model.quantize_experts()
+        if isinstance(self.model.pool, WorkerPool):
+            self.model.pool.start()
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:

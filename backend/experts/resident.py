@@ -55,6 +55,11 @@ class ExpertTelemetry:
     bytes_moved: int = 0
     #: Assignments in all.
     assignments: int = 0
+    #: Of workers: bytes sent and received, layers of which a part was done again, workers that were lost, and changes of plan.
+    bytes_exchanged: int = 0
+    redone: int = 0
+    workers_lost: int = 0
+    plan_changes: int = 0
 
 
 class ResidentExperts:

@@ -30,6 +30,13 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
         make_engine(expert_pool="workers:2")
 
 
+@pytest.mark.slow
+def test_cluster_that_cannot_be_reached_is_named() -> None:
+    pytest.importorskip("ray", reason="needs the package ray (extra elastic)")
+    with pytest.raises(ConfigError, match=r"Ray cluster at 127.0.0.1:1 .*cannot be used"):
+        make_engine(expert_pool="workers:2", ray_address="127.0.0.1:1")
+
+
 @pytest.fixture(scope="module")
 def engine():
     ray = pytest.importorskip("ray", reason="needs the package ray (extra elastic)")
@@ -69,13 +76,6 @@ def test_tokens_are_the_local_pools_also_when_a_worker_is_killed_in_a_step(engin
         run(engine, requests()[:1])
         engine.blocks.clear_cache()
     assert len(pids(engine)) == 2 and engine.expert_telemetry().resident_share == 1
-
-
-@pytest.mark.slow
-def test_cluster_that_cannot_be_reached_is_named() -> None:
-    pytest.importorskip("ray", reason="needs the package ray (extra elastic)")
-    with pytest.raises(ConfigError, match=r"Ray cluster at 127.0.0.1:1 .*cannot be used"):
-        make_engine(expert_pool="workers:2", ray_address="127.0.0.1:1")
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ class EngineConfig:
     drain_timeout_s: float = 5.0
     #: Threads of the engine's CPU kernels; default: torch's own choice.
     cpu_threads: int | None = None
-    #: `local`: all experts on the device; `workers:N`: on N workers that Ray starts (CPU only); `resident`: some of them, the others in the memory-mapped checkpoint (CPU) or pinned
-    #: host memory (CUDA), from where those that are expected to be needed are fetched.
+    #: `local`: all experts on the device; `resident`: some of them, the others in the memory-mapped checkpoint (CPU) or pinned
+    #: host memory (CUDA), from where those that are expected to be needed are fetched; `workers:N`: on N workers that Ray starts.
     expert_pool: str = "local"
     #: With `resident` and `workers:N`: the share of each layer's experts that the device or each worker holds (0.5), or the
     #: bytes for them (2G).
@@ -91,8 +91,11 @@ class EngineConfig:
     #: What experts are fetched by: `predictor` (load-predictor.safetensors beside the checkpoint), `ewma` (past loads), `auto`
     #: (the predictor if there is one) or `none` (nothing is fetched ahead).
     expert_prefetch: str = "auto"
-    #: Ray cluster for `workers:N` (host:port, or auto); default: one of the engine's own, on this machine.
+    #: Ray cluster for `workers:N` (host:port, or auto for the one of this machine); default: one of the engine's own, on this
+    #: machine, which ends with it.
     ray_address: str = ""
+    #: Cores and threads of a worker; default: 1, on a cluster of the engine's own an equal share.
+    worker_cpus: int | None = None
     #: Seconds after which a worker that has not answered counts as lost.
     exchange_timeout_s: float = 5.0
     #: Repeat the intermediate neurons of each routed and united expert so often and divide their down projections by it:
@@ -117,7 +120,14 @@ class EngineConfig:
         check(self.async_scheduling in SWITCH, "async_scheduling", "one of " + ", ".join(SWITCH))
         for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting", "widen_experts"):
             check(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):
+        for name in (
+            "kv_cache_memory",
+            "kv_cache_blocks",
+            "max_model_len",
+            "max_responses_per_s",
+            "cpu_threads",
+            "worker_cpus",
+        ):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         check(
             self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0,

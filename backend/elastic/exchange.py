@@ -7,6 +7,7 @@ float32; each layer of a step costs one exchange each way: a header (layer, rows
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 ENGINE, WORKER = 0, 1
 _STOP = -1
+#: A worker waits as long as the engine lets it: an engine that is gone closes the connection.
 _FOREVER = timedelta(days=365)
+_LEAST = timedelta(milliseconds=1)  # 0 would mean for ever
 
 
 class LinkError(RuntimeError):
@@ -25,55 +28,82 @@ class LinkError(RuntimeError):
 class Link:
     """One end of the connection between an engine and one worker."""
 
-    def __init__(
-        self, store: dist.Store, name: str, rank: int, timeout_s: float, start_timeout_s: float = 60.0
-    ) -> None:
-        """Meets the other end under `name` in the store. Raises LinkError if it does not come within `start_timeout_s`;
-        `timeout_s` is that of an exchange."""
-        self._peer, self._timeout = 1 - rank, timedelta(seconds=timeout_s)
+    def __init__(self, store: dist.Store, name: str, rank: int, host: str, start_timeout_s: float = 60.0) -> None:
+        """Meets the other end under `name` in the store; `host` is this end's address, as the other reaches it.
+
+        Raises LinkError if the other end does not come within `start_timeout_s`.
+        """
+        self._peer = 1 - rank
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=start_timeout_s)
         try:
-            self._group = dist.ProcessGroupGloo(
-                dist.PrefixStore(name, store), rank, 2, timedelta(seconds=start_timeout_s)
-            )
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2, options)
         except RuntimeError as error:
             raise LinkError(f"the other end of {name} did not come: {error}") from None
+        self._sent: list[dist.Work] = []  # they hold the tensors that are on their way
+        self._results = torch.empty(0)
+        self._received: dist.Work | None = None
 
-    def send_rows(self, layer: int, rows: Tensor) -> None:
-        """rows [R, W] float32 for a layer."""
-        self._send(torch.tensor([layer, len(rows)]))
-        self._send(rows)
+    # --- the engine's end -----------------------------------------------------------------------------------------
+
+    def begin(self, layer: int, rows: Tensor, result_width: int) -> None:
+        """Send rows [R, W] float32 of a layer and ask for their results; does not wait."""
+        self._results = torch.empty(len(rows), result_width)
+        try:
+            self._sent = [self._send(torch.tensor([layer, len(rows)])), self._send(rows)]
+            self._received = self._group.recv([self._results], self._peer, 0)
+        except RuntimeError as error:
+            raise LinkError(str(error)) from None
+
+    def finish(self, deadline: float) -> Tensor:
+        """The results [R, M] float32 of the rows sent last, which must be there by `deadline` (time.monotonic())."""
+        assert self._received is not None
+        _wait(self._received, max(_LEAST, timedelta(seconds=deadline - time.monotonic())))
+        return self._results
+
+    def stop(self) -> None:
+        """Tell the worker to end, if it listens."""
+        try:
+            self._sent = [self._send(torch.tensor([_STOP, 0]))]
+            _wait(self._sent[0], timedelta(seconds=1))
+        except RuntimeError:
+            pass  # it is gone
+
+    # --- the worker's end -----------------------------------------------------------------------------------------
 
     def receive_rows(self, width: int) -> tuple[int, Tensor] | None:
-        """The layer and its rows [R, width], however long it takes; None: the other end wants to stop."""
+        """The layer and its rows [R, width], however long it takes; None: the engine wants the worker to end."""
         header = torch.empty(2, dtype=torch.int64)
-        self._receive(header, _FOREVER)
+        self._receive(header)
         layer, count = header.tolist()
         if layer == _STOP:
             return None
         rows = torch.empty(count, width)
-        self._receive(rows, self._timeout)
+        self._receive(rows)
         return layer, rows
 
     def send_results(self, results: Tensor) -> None:
         """results [R, M] float32 of the rows received last."""
-        self._send(results)
-
-    def receive_results(self, results: Tensor) -> None:
-        """Fill results [R, M] float32 of the rows sent last."""
-        self._receive(results, self._timeout)
-
-    def stop(self) -> None:
-        """Tell a worker to end."""
-        self._send(torch.tensor([_STOP, 0]))
-
-    def _send(self, tensor: Tensor) -> None:
         try:
-            self._group.send([tensor.contiguous()], self._peer, 0).wait(self._timeout)
+            sent = self._send(results)
         except RuntimeError as error:
             raise LinkError(str(error)) from None
+        _wait(sent, _FOREVER)
 
-    def _receive(self, tensor: Tensor, timeout: timedelta) -> None:
+    def _receive(self, tensor: Tensor) -> None:
         try:
-            self._group.recv([tensor], self._peer, 0).wait(timeout)
+            received = self._group.recv([tensor], self._peer, 0)
         except RuntimeError as error:
             raise LinkError(str(error)) from None
+        _wait(received, _FOREVER)
+
+    def _send(self, tensor: Tensor) -> dist.Work:
+        return self._group.send([tensor.contiguous()], self._peer, 0)
+
+
+def _wait(work: dist.Work, timeout: timedelta) -> None:
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,23 @@ class WorkerShape:
     dtype: torch.dtype = torch.float32
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the experts that a worker has room for."""
+        return self.num_layers * self.capacity * self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return 3 * self.hidden_size * self.expert_size * self.dtype.itemsize
+
+    @property
     def row_width(self) -> int:
         """Numbers of a row: hidden [M], experts [K] (-1: none) and gate weights [K]."""
         return self.hidden_size + 2 * self.top_k
 
 
 class ExpertWorker:
-    """Copies of experts by layer. `put` and `drop` may be called while `serve` runs in another thread."""
+    """Copies of experts by layer. `put` and `keep` may be called while `serve` runs in another thread."""
 
     def __init__(self, shape: WorkerShape, device: torch.device) -> None:
         self.shape, self._device, self._kernels = shape, device, kernels_for(device)
@@ -64,10 +75,10 @@ class ExpertWorker:
         changed[expert] = slot
         self._slots[layer] = changed
 
-    def drop(self, layer: int, expert: int) -> None:
-        """Forget an expert; the engine has sent the last row for it."""
-        changed = self._slots[layer].clone()
-        changed[expert] = _ABSENT
+    def keep(self, layer: int, experts: Sequence[int]) -> None:
+        """Forget the layer's other experts; the engine has sent the last row for them."""
+        changed = torch.full_like(self._slots[layer], _ABSENT)
+        changed[list(experts)] = self._slots[layer][list(experts)]
         self._slots[layer] = changed
 
     def run(self, layer: int, rows: Tensor) -> Tensor:
@@ -80,7 +91,8 @@ class ExpertWorker:
             raise KeyError(f"layer {layer} was asked for experts that this worker does not hold")
         weights = self._weights[layer]
         run = self._kernels.grouped_experts_forward
-        return run(hidden.contiguous(), weights.w13, weights.w2, slots, gates.contiguous()).float().cpu()
+        out = run(hidden.to(self.shape.dtype).contiguous(), weights.w13, weights.w2, slots, gates.contiguous())
+        return out.float().cpu()
 
     @torch.inference_mode()
     def serve(self, link: Link) -> None:

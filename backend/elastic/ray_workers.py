@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +25,12 @@ from backend.experts.resident import Source
 log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
-#: Seconds that Ray has to start an actor or to answer it.
+#: Seconds that Ray has to start an actor, which may have to compile its kernels, or to answer it.
 _CALL_TIMEOUT_S = 150.0
+_REACH_TIMEOUT_S = 5.0
+#: Bytes of weights in one call, and of the memory through which a cluster of the engine's own passes them.
+_CALL_BYTES = 64 * 2**20
+_OBJECT_STORE_BYTES = 512 * 2**20
 
 
 class RayActor:
@@ -35,10 +40,13 @@ class RayActor:
         torch.set_num_threads(threads)
         self._worker = ExpertWorker(shape, torch.device("cpu"))
 
-    def meet(self, host: str, port: int, name: str, timeout_s: float) -> int:
-        """Serve the engine that waits under `name` in the store; returns this process's id."""
-        store = dist.TCPStore(host, port, is_master=False)
-        threading.Thread(target=self._serve, args=(store, name, timeout_s), name="serve", daemon=True).start()
+    def meet(self, address: str, port: int, name: str) -> int:
+        """Serve the engine that waits under `name` in the store there; returns this process's id."""
+        import ray
+
+        store = dist.TCPStore(address, port, is_master=False)
+        own_address = ray.util.get_node_ip_address()
+        threading.Thread(target=self._serve, args=(store, name, own_address), name="serve", daemon=True).start()
         return os.getpid()
 
     def put(self, experts: Sequence[tuple[int, int, Source]]) -> None:
@@ -46,14 +54,14 @@ class RayActor:
         for layer, expert, source in experts:
             self._worker.put(layer, expert, *source)
 
-    def drop(self, experts: Sequence[tuple[int, int]]) -> None:
+    def keep(self, experts: Sequence[Sequence[int]]) -> None:
         """See WorkerHandle."""
-        for layer, expert in experts:
-            self._worker.drop(layer, expert)
+        for layer, kept in enumerate(experts):
+            self._worker.keep(layer, kept)
 
-    def _serve(self, store: dist.Store, name: str, timeout_s: float) -> None:
+    def _serve(self, store: dist.Store, name: str, own_address: str) -> None:
         try:
-            self._worker.serve(Link(store, name, WORKER, timeout_s))
+            self._worker.serve(Link(store, name, WORKER, own_address))
         except LinkError as error:
             log.info("the engine is gone: %s", error)
         finally:
@@ -64,18 +72,22 @@ class RayActor:
 class RayHandle:
     """The engine's end of an actor."""
 
-    def __init__(self, ray, actor, pid: int) -> None:
-        self._ray, self._actor, self.pid = ray, actor, pid
+    def __init__(self, ray, actor) -> None:
+        self._ray, self._actor = ray, actor
+        self.pid = 0
+
+    def meet(self, address: str, port: int, name: str) -> None:
+        """See RayActor."""
+        self.pid = self._call(self._actor.meet.remote(address, port, name))
 
     def put(self, experts: Sequence[tuple[int, int, Source]]) -> None:
         """See WorkerHandle."""
-        # Clones: a view would travel with all that it is a view of.
-        copies = [(layer, e, tuple(part.clone() for part in source)) for layer, e, source in experts]
-        self._ray.get(self._actor.put.remote(copies), timeout=_CALL_TIMEOUT_S)
+        for part in _parts(experts):
+            self._call(self._actor.put.remote(part))
 
-    def drop(self, experts: Sequence[tuple[int, int]]) -> None:
+    def keep(self, experts: Sequence[Sequence[int]]) -> None:
         """See WorkerHandle."""
-        self._ray.get(self._actor.drop.remote(list(experts)), timeout=_CALL_TIMEOUT_S)
+        self._call(self._actor.keep.remote(experts))
 
     def stop(self) -> None:
         """See WorkerHandle."""
@@ -84,25 +96,46 @@ class RayHandle:
         except Exception as error:
             log.debug("a worker could not be ended, so it is gone: %s", error)
 
+    def _call(self, reference):
+        return self._ray.get(reference, timeout=_CALL_TIMEOUT_S)
+
 
 class RayHost:
     """Starts workers on a Ray cluster."""
 
-    def __init__(self, address: str, num_workers: int, cpus_per_worker: float) -> None:
-        """`address` of a running cluster; empty: one of this process's own, on this machine, which ends with it.
+    def __init__(self, address: str, num_workers: int, cpus: int | None, shape: WorkerShape) -> None:
+        """`address` of a running cluster; empty: one of this process's own, on this machine, which ends with it. `cpus`: cores
+        and threads of a worker (default: 1, on a cluster of its own an equal share).
 
-        Raises ConfigError if Ray is not installed or the cluster cannot be reached.
+        Raises ConfigError if Ray is not installed, the cluster cannot be reached or has no room for so many workers.
         """
+        former_handler = signal.getsignal(signal.SIGTERM)
+        # Ray reads these when it is imported: it tries for minutes to reach a cluster, and reports its use to its makers.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError:
             raise ConfigError(
-                f"parameter expert_pool is workers:{num_workers}, which needs the package ray: install the extra elastic "
+                f"parameter expert_pool is workers:{num_workers}, which needs the package ray: install the extra workers "
                 "(pip install ray), or use local or resident"
             ) from None
-        self._ray, self._cpus = ray, cpus_per_worker
-        options = {"address": address} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        self._ray = ray
+        if address:
+            where, self._cpus = f"the Ray cluster at {address} (parameter ray_address)", cpus or 1
+        else:
+            where, self._cpus = (
+                "a Ray cluster on this machine",
+                cpus or max(1, (os.cpu_count() or 1) // (num_workers + 1)),
+            )
         try:
+            if address:
+                _check_reachable(address)
+                options = {"address": address}
+            else:
+                # Room for one more: a slow worker goes on until another one has taken its place.
+                options = {"num_cpus": (num_workers + 1) * self._cpus, "object_store_memory": _OBJECT_STORE_BYTES}
+                options["include_dashboard"] = False
             ray.init(
                 **options,
                 namespace="experts",
@@ -112,21 +145,60 @@ class RayHost:
                 runtime_env={"env_vars": {"PYTHONPATH": str(_ROOT), "OMP_WAIT_POLICY": "PASSIVE"}},
             )
         except Exception as error:
-            where = (
-                f"the Ray cluster at {address} (parameter ray_address)" if address else "a Ray cluster on this machine"
-            )
-            raise ConfigError(f"{where} cannot be used for expert workers: {error}") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{where} cannot be used for expert workers: {reason}") from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, former_handler)  # Ray's would end the engine without draining
+        self._check_room(where, num_workers, shape)
+        self.address = ray.util.get_node_ip_address()
 
-    def start(self, name: str, shape: WorkerShape, store_port: int, timeout_s: float) -> RayHandle:
+    def start(self, name: str, shape: WorkerShape, store_port: int) -> RayHandle:
         """See WorkerHost."""
-        threads = max(1, int(self._cpus))
-        actor = self._ray.remote(RayActor).options(num_cpus=self._cpus, max_restarts=0).remote(replace(shape), threads)
-        handle = RayHandle(self._ray, actor, 0)
+        needs = {"num_cpus": self._cpus, "memory": shape.num_bytes, "max_restarts": 0}
+        handle = RayHandle(self._ray, self._ray.remote(RayActor).options(**needs).remote(shape, self._cpus))
         try:
-            host = self._ray.util.get_node_ip_address()
-            met = actor.meet.remote(host, store_port, name, timeout_s)
-            handle.pid = self._ray.get(met, timeout=_CALL_TIMEOUT_S)
+            handle.meet(self.address, store_port, name)
+        except self._ray.exceptions.GetTimeoutError:
+            handle.stop()
+            raise TimeoutError(
+                f"Ray has not started a worker with {self._cpus} CPUs and {shape.num_bytes} bytes within {_CALL_TIMEOUT_S:g} s"
+            ) from None
         except BaseException:
             handle.stop()
             raise
         return handle
+
+    def _check_room(self, where: str, num_workers: int, shape: WorkerShape) -> None:
+        """Raise ConfigError if the cluster as a whole is too small: Ray would wait for it to grow."""
+        there = self._ray.cluster_resources()
+        for kind, needed in (("CPU", self._cpus), ("memory", shape.num_bytes)):
+            if there.get(kind, 0) < num_workers * needed:
+                raise ConfigError(
+                    f"{where} has {there.get(kind, 0):g} of the resource {kind}, but {num_workers} workers need "
+                    f"{num_workers * needed} (parameters expert_pool, worker_cpus, resident_experts)"
+                )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise at once where Ray would try for a long time."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("an address is host:port, or auto for the cluster of this machine")
+    with socket.create_connection((host, int(port)), _REACH_TIMEOUT_S):
+        pass
+
+
+def _parts(experts: Sequence[tuple[int, int, Source]]) -> Iterator[list[tuple[int, int, Source]]]:
+    """The experts in calls of bounded size; cloned, because a view would travel with all that it is a view of."""
+    part, size = [], 0
+    for layer, expert, source in experts:
+        part.append((layer, expert, tuple(tensor.clone() for tensor in source)))
+        size += sum(tensor.nbytes for tensor in source)
+        if size >= _CALL_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

@@ -3,15 +3,19 @@
 An engine routes and keeps the united experts; the rows of a layer go to the workers that hold the experts they need, at most one
 exchange with each. What a worker does not answer in time is done again, by other workers that hold the experts or from the
 engine's own store (the memory-mapped checkpoint): nothing of a failed exchange is used, so no result changes but for the order of
-sums. A lost worker is started anew beside the running steps and joins between two of them.
+sums. A lost or slow worker is started anew beside the running steps and joins between two of them; if that fails, its experts
+move to the others.
+
+What a step reads changes between steps only, and a worker forgets an expert only when no step can ask it for that any more.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from types import ModuleType
 from typing import Protocol
@@ -22,32 +26,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backend.elastic.exchange import ENGINE, Link, LinkError
+from backend.elastic.expert_plan import NOBODY, Holders, Plan, PlanError, make_plan
 from backend.elastic.expert_worker import WorkerShape
-from backend.elastic.placer import place
-from backend.elastic.predictor import Ewma
-from backend.elastic.scaler import scale, straggler_bound
-from backend.errors import ConfigError
-from backend.experts.expert_map import MISSING, ExpertMap
+from backend.elastic.stragglers import Stragglers
+from backend.elastic.worker_layer import OwnStore, WorkerExperts, rows_of
+from backend.experts.expert_map import ExpertMap
 from backend.experts.resident import ExpertTelemetry, Source
 from backend.experts.weight_store import ExpertWeights
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which a worker has to appear and take its experts, and attempts in a row before the engine gives up.
-_START_TIMEOUT_S, _ATTEMPTS = 60.0, 3
-#: Largest load of a replica, as a multiple of a worker's fair share.
-_STRAGGLER_FACTOR = 1.0
+#: Attempts in a row to start a worker, none being left, before the engine gives up, and seconds before each further one.
+_ATTEMPTS = 3
+_RETRY_S = (0.0, 1.0, 5.0, 30.0)
 #: Steps between two plans.
 _PLAN_PERIOD = 256
-#: Experts that the engine's own store runs at once.
-_STORE_SLOTS = 4
-
-#: [L] for each layer (expert, worker) copies.
-Plan = tuple[frozenset[tuple[int, int]], ...]
-
-
-class PlanError(ConfigError):
-    """The workers cannot hold what a plan needs; the plan in force stays."""
+#: Seconds between two replacements of slow workers, and the wait per layer, as a share of the timeout, that is never slow.
+_RELIEF_PERIOD_S = 60.0
+_NEVER_SLOW = 1 / 500
+_GB = 1e9
 
 
 class WorkerHandle(Protocol):
@@ -56,8 +53,8 @@ class WorkerHandle(Protocol):
     def put(self, experts: Sequence[tuple[int, int, Source]]) -> None:
         """Hand over experts as (layer, expert, weights). Raises if the worker is gone or has no room."""
 
-    def drop(self, experts: Sequence[tuple[int, int]]) -> None:
-        """Have it forget (layer, expert) copies."""
+    def keep(self, experts: Sequence[Sequence[int]]) -> None:
+        """Have it forget all but these experts of each layer."""
 
     def stop(self) -> None:
         """End it, whatever it does; never raises."""
@@ -66,38 +63,37 @@ class WorkerHandle(Protocol):
 class WorkerHost(Protocol):
     """Starts workers somewhere."""
 
-    def start(self, name: str, shape: WorkerShape, store_port: int, timeout_s: float) -> WorkerHandle:
+    #: The engine's address, as workers reach it.
+    address: str
+
+    def start(self, name: str, shape: WorkerShape, store_port: int) -> WorkerHandle:
         """A worker that meets the engine under `name` in the engine's store. Raises if none can be started."""
 
 
 @dataclass
 class _Member:
+    """A worker that takes part."""
+
     handle: WorkerHandle
     link: Link
+    #: [L, E] what it holds for certain.
+    held: np.ndarray
+    #: What it will hold when `loading` is done.
+    coming: np.ndarray | None = None
+    loading: Future[int] | None = None
 
 
-def make_plan(loads: np.ndarray, capacity: int, num_workers: int, former: Plan | None = None) -> Plan:
-    """Copies of each layer's experts for loads [L, E]; `capacity` copies of a layer fit into each worker.
+@dataclass
+class _Start:
+    """A worker that is being started: beside, perhaps, the slow one whose place it takes."""
 
-    Every expert gets at least one copy; what room is left goes to the most loaded ones. Copies of `former` stay where that keeps
-    the balance. Raises PlanError if the workers do not hold one copy of each expert.
-    """
-    num_experts, budget = loads.shape[1], capacity * num_workers
-    if budget < num_experts:
-        raise PlanError(
-            f"{num_workers} workers with room for {capacity} experts of each layer cannot hold {num_experts}: more workers "
-            "(parameter expert_pool) or a larger share in each (resident_experts) are needed"
-        )
-    plan = []
-    for layer, row in enumerate(loads):
-        # An expert without tokens now may have some in the next step.
-        wanted = np.maximum(row, 1e-6 + 0.01 * row.mean()).tolist()
-        bound = straggler_bound(wanted, num_workers, _STRAGGLER_FACTOR)
-        replicas = scale(wanted, budget=budget, max_replicas=num_workers, bound=bound)
-        costs = [load / max(1, count) for load, count in zip(wanted, replicas, strict=True)]
-        warm = former[layer] if former else ()
-        plan.append(place(replicas, costs, [capacity] * num_workers, warm).copies)
-    return tuple(plan)
+    member: Future[_Member]
+    failures: int = 0
+
+
+def _stop_started(start: Future[_Member]) -> None:
+    if not start.cancelled() and start.exception() is None:
+        start.result().handle.stop()
 
 
 class WorkerPool:
@@ -114,22 +110,32 @@ class WorkerPool:
         waits: Sequence[bool],
         timeout_s: float,
     ) -> None:
-        """`shape` of every worker; `timeout_s` of an exchange: a worker that takes longer counts as lost."""
-        self._host, self._num_workers, self._shape, self.kernels = host, num_workers, shape, kernels
+        """`shape` of every worker; `timeout_s` of an exchange: a worker that takes longer counts as lost.
+
+        Raises PlanError if the workers have no room for all experts.
+        """
+        self._host, self.num_workers, self._shape, self.kernels = host, num_workers, shape, kernels
         self.waits = list(waits)
         self._timeout_s = timeout_s
         self.layers: list[WorkerExperts] = []
         self._telemetry = ExpertTelemetry()
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=_START_TIMEOUT_S))
-        self._background = ThreadPoolExecutor(num_workers + 1, thread_name_prefix="expert workers")
         self._members: dict[int, _Member] = {}
-        self._starting: dict[int, Future[_Member]] = {}
-        self._generation = self._failures = self._steps = 0
+        self._starting: dict[int, _Start] = {}
+        #: When a worker that could not be started is tried again, and after how many failures.
+        self._retries: dict[int, tuple[float, int]] = {}
+        self._generation = self._steps = self._turn = 0
         uniform = np.ones((shape.num_layers, shape.num_experts))
-        self._plan = make_plan(uniform, shape.capacity, num_workers)
-        self._next_plan: tuple[Plan, Future[None]] | None = None
-        self._holders: list[list[list[int]]] = []
-        self._scratch: ExpertWeights | None = None
+        #: What shall be held, and what to go back to if that cannot be loaded.
+        self.plan = make_plan(uniform, [shape.capacity] * num_workers)
+        self._former: Plan | None = None
+        self._changing = False
+        self._holders = Holders(np.zeros_like(self.plan))
+        self._stragglers = Stragglers(timeout_s * _NEVER_SLOW)
+        self._next_relief_s = 0.0
+        self._metered_s = time.monotonic()
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
+        self._background = ThreadPoolExecutor(2 * num_workers, thread_name_prefix="expert workers")
+        self._own: OwnStore | None = None
 
     # --- making ---------------------------------------------------------------------------------------------------
 
@@ -138,252 +144,276 @@ class WorkerPool:
         self.layers.append(WorkerExperts(self, len(self.layers), weights, expert_map, sources))
         return self.layers[-1]
 
+    def widen(self, times: int) -> None:
+        """Workers that start from now on hold experts widened as ExpertWeights.widen says."""
+        self._shape = replace(self._shape, expert_size=self._shape.expert_size * times)
+
     def start(self) -> None:
         """Start all workers and wait until they hold their experts. Raises what kept one from starting."""
-        for worker in range(self._num_workers):
+        self._own = OwnStore(self.kernels, self._shape, self.layers[0].weights.w13.device)
+        for worker in range(self.num_workers):
             self._begin(worker)
         try:
-            for worker, future in list(self._starting.items()):
-                self._members[worker] = future.result()
+            for worker, start in self._starting.items():
+                self._members[worker] = start.member.result()
         except BaseException:
             self.close()
             raise
-        finally:
-            self._starting.clear()
-        self._write_holders()
+        self._starting.clear()
+        self._changed()
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, also those that are being started."""
+        self._background.shutdown(wait=False, cancel_futures=True)
+        for start in self._starting.values():
+            start.member.add_done_callback(_stop_started)
         for member in self._members.values():
+            member.link.stop()
             member.handle.stop()
         self._members.clear()
-        self._background.shutdown(wait=False, cancel_futures=True)
+        self._starting.clear()
 
     # --- between steps --------------------------------------------------------------------------------------------
 
     def between_steps(self, captured: bool = False) -> None:
-        """To be called before every step: workers that are ready join, plans that are loaded come into force.
+        """To be called before every step: workers that are ready join, copies that are loaded come into use.
 
-        Raises RuntimeError when workers could not be started several times in a row.
+        Raises RuntimeError when no worker is left and none could be started several times in a row.
         """
-        for worker, future in [(w, f) for w, f in self._starting.items() if f.done()]:
-            del self._starting[worker]
-            try:
-                self._members[worker] = future.result()
-                self._failures = 0
-                log.info("expert worker %d has joined", worker)
-            except Exception as error:
-                self._failures += 1
-                if self._failures >= _ATTEMPTS:
-                    raise RuntimeError(f"expert workers cannot be started any more: {error}") from error
-                log.error("expert worker %d could not be started: %s", worker, error)
-                self._begin(worker)
-            self._write_holders()
-        if self._next_plan is not None and self._next_plan[1].done():
-            self._commit_plan()
+        self._collect_started()
+        self._collect_loaded()
         self._steps += 1
         if self._steps % _PLAN_PERIOD == 0:
             try:
                 self.replan()
             except PlanError as error:
                 log.error("%s", error)
+        self._load()
 
     def replan(self, loads: np.ndarray | None = None, capacity: int | None = None) -> None:
-        """Begin a plan for loads [L, E] (default: those of the past); it comes into force when its copies are loaded.
+        """Begin a plan for loads [L, E] (default: those of the past); copies come into use as they are loaded.
 
         Raises PlanError, and the present plan stays, if it cannot be met. While workers or another plan are on their way nothing
-        is planned.
+        is planned. A plan that a worker then cannot load is taken back.
         """
-        if loads is None:
-            loads = np.stack([layer.expected() for layer in self.layers])
-        room = self._shape.capacity if capacity is None else capacity
-        plan = make_plan(loads, room, self._num_workers, self._plan)
-        if self._next_plan is not None or len(self._members) < self._num_workers or plan == self._plan:
+        plan = self._make_plan(loads, capacity)
+        if self._changing or self._starting or np.array_equal(plan, self.plan):
             return
-        # What the new plan has no more gives way first; until the new copies are there, others or the store serve.
-        gone = self._plan
-        self._plan = tuple(new & old for new, old in zip(plan, gone, strict=True))
-        self._write_holders()
-        members = dict(self._members)
-        self._next_plan = plan, self._background.submit(self._load_plan, members, gone, plan)
+        self._former, self.plan, self._changing = self.plan, plan, True
+        self._load()
 
     def telemetry(self) -> ExpertTelemetry:
         """The totals, with the share of experts that workers hold now."""
-        held = sum(bool(devices) for layer in self._holders for devices in layer)
-        experts = self._shape.num_layers * self._shape.num_experts
-        return replace(self._telemetry, resident_share=held / experts)
+        self._meter()
+        return replace(self._telemetry, resident_share=self._holders.share, workers=len(self._members))
+
+    def forget_counts(self) -> None:
+        """Begin the totals anew: what came before was no request."""
+        self._meter()
+        for entry in fields(ExpertTelemetry):
+            setattr(self._telemetry, entry.name, entry.default)
 
     def count(self, assignments: int) -> None:
         """So many more assignments were routed."""
         self._telemetry.assignments += assignments
 
-    def widen(self, times: int) -> None:
-        """Workers that start from now on hold experts widened as ExpertWeights.widen says."""
-        self._shape = replace(self._shape, expert_size=self._shape.expert_size * times)
+    def _make_plan(self, loads: np.ndarray | None = None, capacity: int | None = None) -> Plan:
+        if loads is None:
+            loads = np.stack([layer.expected() for layer in self.layers])
+        room = self._shape.capacity if capacity is None else capacity
+        return make_plan(loads, [0 if n in self._retries else room for n in range(self.num_workers)], self.plan)
 
-    def _begin(self, worker: int) -> None:
+    def _begin(self, worker: int, failures: int = 0) -> None:
         self._generation += 1
-        self._starting[worker] = self._background.submit(
-            self._start, worker, f"worker-{worker}-{self._generation}", self._plan
-        )
+        name = f"worker-{worker}-{self._generation}"
+        starting = self._background.submit(self._start, worker, name, self.plan[worker].copy())
+        self._starting[worker] = _Start(starting, failures)
 
-    def _start(self, worker: int, name: str, plan: Plan) -> _Member:
-        handle = self._host.start(name, self._shape, self._store.port, self._timeout_s)
+    def _start(self, worker: int, name: str, wanted: np.ndarray) -> _Member:
+        handle = self._host.start(name, self._shape, self._store.port)
         try:
             # A connection of its own: while one thread waits on a store, others cannot use it.
             store = dist.TCPStore("127.0.0.1", self._store.port, is_master=False)
-            link = Link(store, name, ENGINE, self._timeout_s)
-            handle.put(self._sources(plan, worker))
+            link = Link(store, name, ENGINE, self._host.address)
+            handle.put(self._sources(wanted))
         except BaseException:
             handle.stop()
             raise
-        return _Member(handle, link)
+        return _Member(handle, link, wanted)
 
-    def _sources(self, plan: Plan, worker: int) -> list[tuple[int, int, Source]]:
-        copies = [(layer, e) for layer, pairs in enumerate(plan) for e, device in sorted(pairs) if device == worker]
-        return [(layer, e, self.layers[layer].sources[e]) for layer, e in copies]
+    def _sources(self, wanted: np.ndarray) -> list[tuple[int, int, Source]]:
+        return [(layer, e, self.layers[layer].sources[e]) for layer, e in np.argwhere(wanted).tolist()]
 
-    def _load_plan(self, members: dict[int, _Member], former: Plan, plan: Plan) -> None:
-        for worker, member in members.items():
-            gone = tuple(old - new for old, new in zip(former, plan, strict=True))
-            member.handle.drop(
-                [(layer, e) for layer, pairs in enumerate(gone) for e, w in sorted(pairs) if w == worker]
-            )
-            member.handle.put(self._sources(tuple(new - old for old, new in zip(former, plan, strict=True)), worker))
+    def _collect_started(self) -> None:
+        for worker, start in [(w, s) for w, s in self._starting.items() if s.member.done()]:
+            del self._starting[worker]
+            try:
+                member = start.member.result()
+            except Exception as error:
+                self._could_not_start(worker, start.failures + 1, error)
+                continue
+            if (slow := self._members.get(worker)) is not None:
+                self._end(slow)
+            self._members[worker] = member
+            self._telemetry.bytes_moved += int(member.held.sum()) * self._shape.expert_bytes
+            log.info("expert worker %d has joined", worker)
+            self._changed()
+            if start.failures:
+                self._replan_for_members()
+        for worker, (when, failures) in list(self._retries.items()):
+            if worker not in self._starting and time.monotonic() >= when:
+                self._begin(worker, failures)
 
-    def _commit_plan(self) -> None:
-        assert self._next_plan is not None
-        plan, loading = self._next_plan
-        self._next_plan = None
+    def _could_not_start(self, worker: int, failures: int, error: Exception) -> None:
+        log.error("expert worker %d could not be started: %s", worker, error)
+        if worker in self._members:
+            return  # only slow: it goes on
+        if not self._members and not self._starting and failures >= _ATTEMPTS:
+            raise RuntimeError(f"no expert worker is left, and none can be started: {error}") from error
+        self._retries[worker] = (time.monotonic() + _RETRY_S[min(failures, len(_RETRY_S) - 1)], failures)
+        if failures == 1:
+            self._replan_for_members()
+
+    def _replan_for_members(self) -> None:
+        """Plan anew because the workers have changed."""
+        for worker in self._members.keys() & self._retries.keys():
+            del self._retries[worker]
         try:
-            loading.result()
-        except Exception as error:
-            # Which copies have arrived is not known: only those that both plans have count.
-            log.error("a plan could not be loaded, the experts that did not move stay: %s", error)
+            plan = self._make_plan()
+        except PlanError as error:
+            log.error("the engine runs what no worker holds, because %s", error)
         else:
-            self._plan = plan
-            self._telemetry.plan_changes += 1
-        self._write_holders()
+            self.plan, self._former, self._changing = plan, None, True
 
-    def _write_holders(self) -> None:
-        """[L][E] the workers that hold each expert and are there."""
-        self._holders = [[[] for _ in range(self._shape.num_experts)] for _ in range(self._shape.num_layers)]
-        for layer, pairs in enumerate(self._plan):
-            for expert, worker in sorted(pairs):
-                if worker in self._members:
-                    self._holders[layer][expert].append(worker)
+    def _load(self) -> None:
+        """Have workers that do not hold what they shall begin to load it."""
+        changed = False
+        for worker, member in self._members.items():
+            wanted = self.plan[worker]
+            if member.loading is not None or np.array_equal(member.held, wanted):
+                continue
+            new = wanted & ~member.held
+            # What it shall hold no more gives way first; until the new copies are there, others or the engine serve.
+            member.held, member.coming = member.held & wanted, wanted.copy()
+            kept = [np.flatnonzero(row).tolist() for row in member.held]
+            member.loading = self._background.submit(self._hand_over, member.handle, kept, new)
+            changed = True
+        if changed:
+            self._changed()
 
-    # --- a layer of a step ----------------------------------------------------------------------------------------
+    def _hand_over(self, handle: WorkerHandle, kept: list[list[int]], new: np.ndarray) -> int:
+        handle.keep(kept)
+        handle.put(self._sources(new))
+        return int(new.sum()) * self._shape.expert_bytes
 
-    def run(self, layer: int, hidden: Tensor, experts: np.ndarray, weights: Tensor, out: Tensor) -> None:
-        """Add to out [T, M] what experts [T, K] (-1: none) make of hidden [T, M] with weights [T, K]."""
-        open_ = experts >= 0
-        while open_.any():
-            owner = self._owners(layer, experts, open_)
-            sent: dict[int, np.ndarray] = {}
-            for worker in np.unique(owner[owner >= 0]).tolist():
-                mine = owner == worker
-                if self._send(worker, layer, hidden, np.where(mine, experts, -1), weights):
-                    sent[worker] = mine
-            own = open_ & (owner < 0)
-            if own.any():
-                self._run_own(layer, hidden, np.where(own, experts, -1), weights, out)
-                open_ &= ~own
-            for worker, mine in sent.items():
-                rows = torch.from_numpy(np.flatnonzero(mine.any(1)))
-                results = torch.empty(len(rows), hidden.shape[1])
-                try:
-                    self._members[worker].link.receive_results(results)
-                except LinkError as error:
+    def _collect_loaded(self) -> None:
+        for worker, member in [(w, m) for w, m in self._members.items() if m.loading and m.loading.done()]:
+            loading, coming, member.loading, member.coming = member.loading, member.coming, None, None
+            assert loading is not None and coming is not None
+            try:
+                self._telemetry.bytes_moved += loading.result()
+            except Exception as error:
+                if self._former is None:
                     self._lost(worker, error)
-                    continue
-                out.index_add_(0, rows.to(out.device), results.to(out))
-                open_ &= ~mine
-            self._telemetry.redone += bool(open_.any())
+                else:
+                    log.error("a plan could not be loaded into worker %d, the old one stays: %s", worker, error)
+                    self.plan, self._former, self._changing = self._former, None, False
+                continue
+            member.held = coming
+            self._changed()
+        if self._changing and all(np.array_equal(m.held, self.plan[worker]) for worker, m in self._members.items()):
+            self._former, self._changing = None, False
+            self._telemetry.plan_changes += 1
 
-    def _owners(self, layer: int, experts: np.ndarray, open_: np.ndarray) -> np.ndarray:
-        """[T, K] the worker of each open assignment, the copies of an expert in turn; -1: the engine itself, or not open."""
-        owner = np.full(experts.shape, -1)
-        for expert in np.unique(experts[open_]).tolist():
-            if holders := self._holders[layer][expert]:
-                places = np.nonzero(open_ & (experts == expert))
-                owner[places] = np.array(holders)[np.arange(len(places[0])) % len(holders)]
-        return owner
+    def _changed(self) -> None:
+        """The members or what they hold have changed."""
+        self._meter()
+        held = np.zeros_like(self.plan)
+        for worker, member in self._members.items():
+            held[worker] = member.held
+        self._holders = Holders(held)
+        self._stragglers.forget()
 
-    def _send(self, worker: int, layer: int, hidden: Tensor, experts: np.ndarray, weights: Tensor) -> bool:
-        rows = torch.from_numpy(np.flatnonzero((experts >= 0).any(1)))
-        parts = (hidden.cpu().float(), torch.from_numpy(experts).float(), weights.cpu())
-        try:
-            self._members[worker].link.send_rows(layer, torch.cat([part[rows] for part in parts], dim=1))
-        except LinkError as error:
-            self._lost(worker, error)
-            return False
-        self._telemetry.bytes_exchanged += 4 * len(rows) * (self._shape.row_width + self._shape.hidden_size)
-        return True
+    def _meter(self) -> None:
+        """Charge what the workers have held since the last call: memory × time, as serverless functions are billed."""
+        now = time.monotonic()
+        held = int(self._holders.counts.sum()) * self._shape.expert_bytes
+        self._telemetry.gb_s += held / _GB * (now - self._metered_s)
+        self._metered_s = now
 
-    def _lost(self, worker: int, error: LinkError) -> None:
+    def _lost(self, worker: int, error: Exception) -> None:
         """A worker has failed: its part is for others to do, and a new one is started in its place."""
         log.error("expert worker %d is lost: %s", worker, error)
         self._telemetry.workers_lost += 1
-        member = self._members.pop(worker)
-        self._write_holders()
+        self._end(self._members.pop(worker))
+        self._changed()
+        if worker not in self._starting:
+            self._begin(worker)
+
+    def _end(self, member: _Member) -> None:
         self._background.submit(member.handle.stop)
+
+    def _relieve(self, worker: int) -> None:
+        """A worker holds the others up: another one is started and takes its place when it is ready."""
+        if worker in self._starting or time.monotonic() < self._next_relief_s:
+            return
+        log.warning("expert worker %d is slow, another one will take its place", worker)
+        self._next_relief_s = time.monotonic() + _RELIEF_PERIOD_S
+        self._telemetry.workers_relieved += 1
         self._begin(worker)
 
-    def _run_own(self, layer: int, hidden: Tensor, experts: np.ndarray, weights: Tensor, out: Tensor) -> None:
-        """Run experts that no worker holds, a few at a time, from the engine's own store."""
-        if self._scratch is None:
-            like, shape = self.layers[layer].weights, self._shape
-            self._scratch = ExpertWeights(
-                _STORE_SLOTS, shape.hidden_size, shape.expert_size, like.w13.dtype, like.w13.device
-            )
-        scratch = self._scratch
-        wanted = np.unique(experts[experts >= 0])
-        for begin in range(0, len(wanted), _STORE_SLOTS):
-            table = np.full(self._shape.num_experts, MISSING)
-            for slot, expert in enumerate(wanted[begin : begin + _STORE_SLOTS].tolist()):
-                scratch.put(slot, *self.layers[layer].sources[expert])
-                table[expert] = slot
-                self._telemetry.bytes_moved += scratch.slot_bytes
-            slots = torch.from_numpy(np.where(experts >= 0, table[experts], MISSING)).to(out.device)
-            out += self.kernels.grouped_experts_forward(hidden, scratch.w13, scratch.w2, slots, weights)
+    # --- a layer of a step ----------------------------------------------------------------------------------------
 
-
-class WorkerExperts:
-    """One layer of a WorkerPool; an ExpertPool. Slots `num_slots + e` of the map's table stand for expert e on some worker."""
-
-    def __init__(
-        self, pool: WorkerPool, layer: int, weights: ExpertWeights, expert_map: ExpertMap, sources: Sequence[Source]
-    ) -> None:
-        self._pool, self._layer, self._first = pool, layer, expert_map.num_slots
-        self.weights, self.sources = weights, sources
-        self._use = Ewma(expert_map.num_experts)
-        expert_map.expert_slots.copy_(expert_map.num_slots + torch.arange(expert_map.num_experts))
-
-    def admit(self, hidden: Tensor, experts: Tensor, token_class: Tensor, num_tokens: Tensor | None) -> None:
-        """See ExpertPool; an exchange cannot be captured."""
-        assert num_tokens is None
-        loads = torch.bincount(experts.flatten().cpu(), minlength=len(self.sources))
-        self._pool.count(int(loads.sum()))
-        self._use.observe(loads)
-
-    def expected(self) -> np.ndarray:
-        """[E] share of assignments expected of each expert, from past steps."""
-        return self._use.predict(1.0).numpy()
-
-    def forward(self, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        """See ExpertPool."""
-        remote = (slots - self._first).cpu().numpy()
-        local = torch.where(slots < self._first, slots, MISSING)
-        if len(self.weights.w2):
-            run = self._pool.kernels.grouped_experts_forward
-            out = run(hidden, self.weights.w13, self.weights.w2, local, weights)
-        else:
-            out = torch.zeros_like(hidden)
-        self._pool.run(self._layer, hidden, np.where(remote >= 0, remote, -1), weights, out)
+    def run(
+        self, layer: int, hidden: Tensor, experts: np.ndarray, weights: Tensor, local: Callable[[], Tensor]
+    ) -> Tensor:
+        """[T, M]: what `local` makes beside the workers, and what experts [T, K] (-1: none) make of hidden [T, M] with
+        weights [T, K]."""
+        assert self._own is not None
+        open_, out, rows = experts >= 0, None, rows_of(hidden, weights)
+        while out is None or open_.any():
+            owner = np.full(experts.shape, NOBODY)
+            owner[open_] = self._holders.workers_of(layer, experts[open_])
+            sent = {w: owner == w for w in np.unique(owner[owner != NOBODY]).tolist()}
+            sent = {w: mine for w, mine in sent.items() if self._send(w, layer, rows, np.where(mine, experts, -1))}
+            deadline = time.monotonic() + self._timeout_s
+            if out is None:
+                out = local()
+            own = open_ & (owner == NOBODY)
+            if own.any():
+                out += self._own.run(self.layers[layer].sources, hidden, np.where(own, experts, -1), weights)
+                self._telemetry.bytes_moved += len(np.unique(experts[own])) * self._shape.expert_bytes
+            open_ = open_ & ~own
+            for worker in self._receive(sent, deadline, out):
+                open_ &= ~sent[worker]
+            self._telemetry.redone += bool(open_.any())
         return out
 
-    def original_weights(self) -> tuple[Tensor, Tensor]:
-        """Copies w13 [E, 2 * I, M] and w2 [E, M, I] of all experts."""
-        w13 = torch.stack([torch.cat((gate, up)) for gate, up, _ in self.sources])
-        return w13, torch.stack([down for _, _, down in self.sources])
+    def _send(self, worker: int, layer: int, rows: Callable[[np.ndarray], Tensor], experts: np.ndarray) -> bool:
+        content = rows(experts)
+        try:
+            self._members[worker].link.begin(layer, content, self._shape.hidden_size)
+        except LinkError as error:
+            self._lost(worker, error)
+            return False
+        self._telemetry.bytes_exchanged += 4 * len(content) * (self._shape.row_width + self._shape.hidden_size)
+        return True
+
+    def _receive(self, sent: dict[int, np.ndarray], deadline: float, out: Tensor) -> list[int]:
+        """Add the results of what was sent ([T, K] by worker) to out [T, M]; returns the workers whose have come."""
+        workers = list(sent)
+        waited: dict[int, float] = {}
+        self._turn = (self._turn + 1) % max(1, len(workers))
+        for worker in workers[self._turn :] + workers[: self._turn]:
+            started = time.monotonic()
+            try:
+                results = self._members[worker].link.finish(deadline)
+            except LinkError as error:
+                self._lost(worker, error)
+                continue
+            waited[worker] = time.monotonic() - started
+            rows = torch.from_numpy(np.flatnonzero(sent[worker].any(1)))
+            out.index_add_(0, rows.to(out.device), results.to(out))
+        if (slow := self._stragglers.observe(waited)) is not None:
+            self._relieve(slow)
+        return list(waited)

@@ -21,6 +21,7 @@ class PoolOptions:
     expert_miss: str = "united"
     expert_prefetch: str = "auto"
     ray_address: str = ""
+    worker_cpus: int | None = None
     exchange_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.settings import TOKEN_CLASSES
+from backend.elastic.expert_plan import check_room
 from backend.elastic.expert_worker import WorkerShape
 from backend.elastic.predictor import FILE_NAME as PREDICTOR_NAME
 from backend.elastic.predictor import LoadPredictor
@@ -122,9 +122,8 @@ def _worker_pool(model: MoeModel, options: PoolOptions) -> WorkerPool:
     shape = WorkerShape(
         num_layers, config.num_experts, config.top_k, config.hidden_size, config.expert_size, capacity, model.dtype
     )
-    host = RayHost(
-        options.ray_address, num_workers, cpus_per_worker=max(0.1, (os.cpu_count() or 1) / (2 * num_workers))
-    )
+    check_room(config.num_experts, [capacity] * num_workers)
+    host = RayHost(options.ray_address, num_workers, options.worker_cpus, shape)
     waits = [True] * len(TOKEN_CLASSES)
     return WorkerPool(host, num_workers, shape, model.kernels, waits, options.exchange_timeout_s)
 

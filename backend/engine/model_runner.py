@@ -140,6 +140,11 @@ class ModelRunner:
             schedule.num_decodes = 1
         return build_batch(schedule, self.block_size, self.device)
 
+    def close(self) -> None:
+        """End the expert workers, if there are any."""
+        if isinstance(self.model.pool, WorkerPool):
+            self.model.pool.close()
+
     def apply(self, settings: Settings) -> None:
         """Write the settings into the model's device tables; they act from the next step on.
 

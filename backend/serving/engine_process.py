@@ -297,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     record.write(args.runtime_dir, args.index)
     log.info("engine %d is ready (generation %d, pid %d)", args.index, args.generation, os.getpid())
     server.run()
+    engine.close()
     record.state = "stopped"
     record.write(args.runtime_dir, args.index)
     return 0

@@ -150,6 +150,11 @@ class EngineConfig:
                     f"parameter {name} is {value}, which needs expert_pool local, but that is {self.expert_pool}; set {name} "
                     f"to {other}, or expert_pool to local"
                 )
+        check(
+            self.pool.num_workers is None or self.cuda_graphs != "on",
+            "cuda_graphs",
+            "auto or off with expert_pool workers",
+        )
         check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
         check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")
 

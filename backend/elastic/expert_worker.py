@@ -92,10 +92,10 @@ class ExpertWorker:
         weights = self._weights[layer]
         run = self._kernels.grouped_experts_forward
         out = run(hidden.to(self.shape.dtype).contiguous(), weights.w13, weights.w2, slots, gates.contiguous())
-        return out.float().cpu()
+        return out.float()
 
     @torch.inference_mode()
     def serve(self, link: Link) -> None:
         """Run what comes until the engine stops it. Raises LinkError if the engine is gone."""
         while (received := link.receive_rows(self.shape.row_width)) is not None:
-            link.send_results(self.run(*received))
+            link.send_results(self.run(*received).to(link.device))

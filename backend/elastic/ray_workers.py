@@ -31,14 +31,17 @@ _REACH_TIMEOUT_S = 5.0
 #: Bytes of weights in one call, and of the memory through which a cluster of the engine's own passes them.
 _CALL_BYTES = 64 * 2**20
 _OBJECT_STORE_BYTES = 512 * 2**20
+#: Ray's names of what a cluster has, and of what an actor needs.
+_OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
 
 
 class RayActor:
     """What runs in an actor's process: a worker, and the thread that serves the engine."""
 
-    def __init__(self, shape: WorkerShape, threads: int) -> None:
+    def __init__(self, shape: WorkerShape, threads: int, device: str) -> None:
         torch.set_num_threads(threads)
-        self._worker = ExpertWorker(shape, torch.device("cpu"))
+        self._device = torch.device(device)
+        self._worker = ExpertWorker(shape, self._device)
 
     def meet(self, address: str, port: int, name: str) -> int:
         """Serve the engine that waits under `name` in the store there; returns this process's id."""
@@ -61,7 +64,7 @@ class RayActor:
 
     def _serve(self, store: dist.Store, name: str, own_address: str) -> None:
         try:
-            self._worker.serve(Link(store, name, WORKER, own_address))
+            self._worker.serve(Link(store, name, WORKER, own_address, self._device))
         except LinkError as error:
             log.info("the engine is gone: %s", error)
         finally:
@@ -103,12 +106,20 @@ class RayHandle:
 class RayHost:
     """Starts workers on a Ray cluster."""
 
-    def __init__(self, address: str, num_workers: int, cpus: int | None, shape: WorkerShape) -> None:
+    def __init__(
+        self, address: str, num_workers: int, cpus: int | None, shape: WorkerShape, device: torch.device
+    ) -> None:
         """`address` of a running cluster; empty: one of this process's own, on this machine, which ends with it. `cpus`: cores
-        and threads of a worker (default: 1, on a cluster of its own an equal share).
+        and threads of a worker (default: 1, on a cluster of its own an equal share). `device` of the engine: beside one on a
+        CUDA device every worker has such a device of its own.
 
         Raises ConfigError if Ray is not installed, the cluster cannot be reached or has no room for so many workers.
         """
+        if device.type == "cuda" and not address:
+            raise ConfigError(
+                f"parameter expert_pool is workers:{num_workers} and the device {device}, which needs the parameter ray_address: a "
+                "cluster whose GPUs are others than the engine's"
+            )
         former_handler = signal.getsignal(signal.SIGTERM)
         # Ray reads these when it is imported: it tries for minutes to reach a cluster, and reports its use to its makers.
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
@@ -150,29 +161,34 @@ class RayHost:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, former_handler)  # Ray's would end the engine without draining
-        self._check_room(where, num_workers, shape)
+        self._device = device.type
+        #: What each worker needs, in Ray's words.
+        self._needs: dict[str, float] = {"CPU": self._cpus}
+        self._needs |= {"GPU": 1} if device.type == "cuda" else {"memory": shape.num_bytes}
+        self._check_room(where, num_workers)
         self.address = ray.util.get_node_ip_address()
 
     def start(self, name: str, shape: WorkerShape, store_port: int) -> RayHandle:
         """See WorkerHost."""
-        needs = {"num_cpus": self._cpus, "memory": shape.num_bytes, "max_restarts": 0}
-        handle = RayHandle(self._ray, self._ray.remote(RayActor).options(**needs).remote(shape, self._cpus))
+        options = {_OPTIONS[kind]: amount for kind, amount in self._needs.items()}
+        actor = self._ray.remote(RayActor).options(**options, max_restarts=0)
+        handle = RayHandle(self._ray, actor.remote(shape, self._cpus, self._device))
         try:
             handle.meet(self.address, store_port, name)
         except self._ray.exceptions.GetTimeoutError:
             handle.stop()
             raise TimeoutError(
-                f"Ray has not started a worker with {self._cpus} CPUs and {shape.num_bytes} bytes within {_CALL_TIMEOUT_S:g} s"
+                f"Ray has not started a worker that needs {self._needs} within {_CALL_TIMEOUT_S:g} s"
             ) from None
         except BaseException:
             handle.stop()
             raise
         return handle
 
-    def _check_room(self, where: str, num_workers: int, shape: WorkerShape) -> None:
+    def _check_room(self, where: str, num_workers: int) -> None:
         """Raise ConfigError if the cluster as a whole is too small: Ray would wait for it to grow."""
         there = self._ray.cluster_resources()
-        for kind, needed in (("CPU", self._cpus), ("memory", shape.num_bytes)):
+        for kind, needed in self._needs.items():
             if there.get(kind, 0) < num_workers * needed:
                 raise ConfigError(
                     f"{where} has {there.get(kind, 0):g} of the resource {kind}, but {num_workers} workers need "

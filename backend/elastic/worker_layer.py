@@ -88,10 +88,12 @@ class OwnStore:
 
 def rows_of(hidden: Tensor, weights: Tensor) -> Callable[[np.ndarray], Tensor]:
     """Makes the rows [R, M + 2 * K] float32 (see WorkerShape) of the tokens that have some of the experts [T, K] (-1: none)."""
-    tokens, gates = hidden.cpu().float(), weights.cpu().float()
+    tokens, gates = hidden.float(), weights.float()
 
     def rows(experts: np.ndarray) -> Tensor:
-        chosen = torch.from_numpy(np.flatnonzero((experts >= 0).any(1)))
-        return torch.cat([tokens[chosen], torch.from_numpy(experts).float()[chosen], gates[chosen]], dim=1)
+        chosen = np.flatnonzero((experts >= 0).any(1))
+        wanted = torch.from_numpy(experts[chosen]).to(tokens)
+        places = torch.from_numpy(chosen).to(tokens.device)
+        return torch.cat([tokens[places], wanted, gates[places]], dim=1)
 
     return rows

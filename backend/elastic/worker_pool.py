@@ -3,10 +3,7 @@
 An engine routes and keeps the united experts; the rows of a layer go to the workers that hold the experts they need, at most one
 exchange with each. What a worker does not answer in time is done again, by other workers that hold the experts or from the
 engine's own store (the memory-mapped checkpoint): nothing of a failed exchange is used, so no result changes but for the order of
-sums. A lost or slow worker is started anew beside the running steps and joins between two of them; if that fails, its experts
-move to the others.
-
-What a step reads changes between steps only, and a worker forgets an expert only when no step can ask it for that any more.
+sums.
 """
 
 from __future__ import annotations
@@ -14,21 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from datetime import timedelta
+from dataclasses import fields, replace
 from types import ModuleType
-from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from backend.elastic.exchange import ENGINE, Link, LinkError
-from backend.elastic.expert_plan import NOBODY, Holders, Plan, PlanError, make_plan
+from backend.elastic.exchange import LinkError
+from backend.elastic.expert_plan import NOBODY, PlanError
 from backend.elastic.expert_worker import WorkerShape
 from backend.elastic.stragglers import Stragglers
+from backend.elastic.worker_crew import WorkerCrew, WorkerHost
 from backend.elastic.worker_layer import OwnStore, WorkerExperts, rows_of
 from backend.experts.expert_map import ExpertMap
 from backend.experts.resident import ExpertTelemetry, Source
@@ -36,64 +30,10 @@ from backend.experts.weight_store import ExpertWeights
 
 log = logging.getLogger(__name__)
 
-#: Attempts in a row to start a worker, none being left, before the engine gives up, and seconds before each further one.
-_ATTEMPTS = 3
-_RETRY_S = (0.0, 1.0, 5.0, 30.0)
 #: Steps between two plans.
 _PLAN_PERIOD = 256
-#: Seconds between two replacements of slow workers, and the wait per layer, as a share of the timeout, that is never slow.
-_RELIEF_PERIOD_S = 60.0
+#: A worker for which a layer waits less than this share of the timeout is never slow.
 _NEVER_SLOW = 1 / 500
-_GB = 1e9
-
-
-class WorkerHandle(Protocol):
-    """A started worker, as its host lets the engine reach it beside the exchanges."""
-
-    def put(self, experts: Sequence[tuple[int, int, Source]]) -> None:
-        """Hand over experts as (layer, expert, weights). Raises if the worker is gone or has no room."""
-
-    def keep(self, experts: Sequence[Sequence[int]]) -> None:
-        """Have it forget all but these experts of each layer."""
-
-    def stop(self) -> None:
-        """End it, whatever it does; never raises."""
-
-
-class WorkerHost(Protocol):
-    """Starts workers somewhere."""
-
-    #: The engine's address, as workers reach it.
-    address: str
-
-    def start(self, name: str, shape: WorkerShape, store_port: int) -> WorkerHandle:
-        """A worker that meets the engine under `name` in the engine's store. Raises if none can be started."""
-
-
-@dataclass
-class _Member:
-    """A worker that takes part."""
-
-    handle: WorkerHandle
-    link: Link
-    #: [L, E] what it holds for certain.
-    held: np.ndarray
-    #: What it will hold when `loading` is done.
-    coming: np.ndarray | None = None
-    loading: Future[int] | None = None
-
-
-@dataclass
-class _Start:
-    """A worker that is being started: beside, perhaps, the slow one whose place it takes."""
-
-    member: Future[_Member]
-    failures: int = 0
-
-
-def _stop_started(start: Future[_Member]) -> None:
-    if not start.cancelled() and start.exception() is None:
-        start.result().handle.stop()
 
 
 class WorkerPool:
@@ -106,6 +46,7 @@ class WorkerPool:
         host: WorkerHost,
         num_workers: int,
         shape: WorkerShape,
+        device: torch.device,
         kernels: ModuleType,
         waits: Sequence[bool],
         timeout_s: float,
@@ -114,30 +55,23 @@ class WorkerPool:
 
         Raises PlanError if the workers have no room for all experts.
         """
-        self._host, self.num_workers, self._shape, self.kernels = host, num_workers, shape, kernels
-        self.waits = list(waits)
-        self._timeout_s = timeout_s
+        self._device, self.kernels, self.waits = device, kernels, list(waits)
+        #: Seconds of an exchange.
+        self.timeout_s = timeout_s
         self.layers: list[WorkerExperts] = []
         self._telemetry = ExpertTelemetry()
-        self._members: dict[int, _Member] = {}
-        self._starting: dict[int, _Start] = {}
-        #: When a worker that could not be started is tried again, and after how many failures.
-        self._retries: dict[int, tuple[float, int]] = {}
-        self._generation = self._steps = self._turn = 0
-        uniform = np.ones((shape.num_layers, shape.num_experts))
-        #: What shall be held, and what to go back to if that cannot be loaded.
-        self.plan = make_plan(uniform, [shape.capacity] * num_workers)
-        self._former: Plan | None = None
-        self._changing = False
-        self._holders = Holders(np.zeros_like(self.plan))
+        self.crew = WorkerCrew(
+            host,
+            num_workers,
+            shape,
+            device,
+            self._telemetry,
+            source=lambda layer, expert: self.layers[layer].sources[expert],
+            loads=lambda: np.stack([layer.expected() for layer in self.layers]),
+        )
         self._stragglers = Stragglers(timeout_s * _NEVER_SLOW)
-        self._next_relief_s = 0.0
-        self._metered_s = time.monotonic()
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
-        self._background = ThreadPoolExecutor(2 * num_workers, thread_name_prefix="expert workers")
         self._own: OwnStore | None = None
-
-    # --- making ---------------------------------------------------------------------------------------------------
+        self._steps = self._turn = 0
 
     def add_layer(self, weights: ExpertWeights, expert_map: ExpertMap, sources: Sequence[Source]) -> WorkerExperts:
         """The pool of the next layer with experts, to be its block's."""
@@ -146,221 +80,50 @@ class WorkerPool:
 
     def widen(self, times: int) -> None:
         """Workers that start from now on hold experts widened as ExpertWeights.widen says."""
-        self._shape = replace(self._shape, expert_size=self._shape.expert_size * times)
+        shape = self.crew.shape
+        self.crew.shape = replace(shape, expert_size=shape.expert_size * times)
 
     def start(self) -> None:
         """Start all workers and wait until they hold their experts. Raises what kept one from starting."""
-        self._own = OwnStore(self.kernels, self._shape, self.layers[0].weights.w13.device)
-        for worker in range(self.num_workers):
-            self._begin(worker)
-        try:
-            for worker, start in self._starting.items():
-                self._members[worker] = start.member.result()
-        except BaseException:
-            self.close()
-            raise
-        self._starting.clear()
-        self._changed()
+        self._own = OwnStore(self.kernels, self.crew.shape, self._device)
+        self.crew.start()
 
     def close(self) -> None:
-        """End all workers, also those that are being started."""
-        self._background.shutdown(wait=False, cancel_futures=True)
-        for start in self._starting.values():
-            start.member.add_done_callback(_stop_started)
-        for member in self._members.values():
-            member.link.stop()
-            member.handle.stop()
-        self._members.clear()
-        self._starting.clear()
+        """End all workers."""
+        self.crew.close()
 
     # --- between steps --------------------------------------------------------------------------------------------
 
     def between_steps(self, captured: bool = False) -> None:
-        """To be called before every step: workers that are ready join, copies that are loaded come into use.
+        """To be called before every step: the workers and what they hold may change.
 
         Raises RuntimeError when no worker is left and none could be started several times in a row.
         """
-        self._collect_started()
-        self._collect_loaded()
+        holders = self.crew.holders
+        self.crew.between_steps()
         self._steps += 1
         if self._steps % _PLAN_PERIOD == 0:
             try:
-                self.replan()
+                self.crew.replan()
             except PlanError as error:
                 log.error("%s", error)
-        self._load()
-
-    def replan(self, loads: np.ndarray | None = None, capacity: int | None = None) -> None:
-        """Begin a plan for loads [L, E] (default: those of the past); copies come into use as they are loaded.
-
-        Raises PlanError, and the present plan stays, if it cannot be met. While workers or another plan are on their way nothing
-        is planned. A plan that a worker then cannot load is taken back.
-        """
-        plan = self._make_plan(loads, capacity)
-        if self._changing or self._starting or np.array_equal(plan, self.plan):
-            return
-        self._former, self.plan, self._changing = self.plan, plan, True
-        self._load()
+        if self.crew.holders is not holders:
+            self._stragglers.forget()
 
     def telemetry(self) -> ExpertTelemetry:
         """The totals, with the share of experts that workers hold now."""
-        self._meter()
-        return replace(self._telemetry, resident_share=self._holders.share, workers=len(self._members))
+        self.crew.meter()
+        return replace(self._telemetry, resident_share=self.crew.holders.share, workers=len(self.crew.members))
 
     def forget_counts(self) -> None:
         """Begin the totals anew: what came before was no request."""
-        self._meter()
+        self.crew.meter()
         for entry in fields(ExpertTelemetry):
             setattr(self._telemetry, entry.name, entry.default)
 
     def count(self, assignments: int) -> None:
         """So many more assignments were routed."""
         self._telemetry.assignments += assignments
-
-    def _make_plan(self, loads: np.ndarray | None = None, capacity: int | None = None) -> Plan:
-        if loads is None:
-            loads = np.stack([layer.expected() for layer in self.layers])
-        room = self._shape.capacity if capacity is None else capacity
-        return make_plan(loads, [0 if n in self._retries else room for n in range(self.num_workers)], self.plan)
-
-    def _begin(self, worker: int, failures: int = 0) -> None:
-        self._generation += 1
-        name = f"worker-{worker}-{self._generation}"
-        starting = self._background.submit(self._start, worker, name, self.plan[worker].copy())
-        self._starting[worker] = _Start(starting, failures)
-
-    def _start(self, worker: int, name: str, wanted: np.ndarray) -> _Member:
-        handle = self._host.start(name, self._shape, self._store.port)
-        try:
-            # A connection of its own: while one thread waits on a store, others cannot use it.
-            store = dist.TCPStore("127.0.0.1", self._store.port, is_master=False)
-            link = Link(store, name, ENGINE, self._host.address)
-            handle.put(self._sources(wanted))
-        except BaseException:
-            handle.stop()
-            raise
-        return _Member(handle, link, wanted)
-
-    def _sources(self, wanted: np.ndarray) -> list[tuple[int, int, Source]]:
-        return [(layer, e, self.layers[layer].sources[e]) for layer, e in np.argwhere(wanted).tolist()]
-
-    def _collect_started(self) -> None:
-        for worker, start in [(w, s) for w, s in self._starting.items() if s.member.done()]:
-            del self._starting[worker]
-            try:
-                member = start.member.result()
-            except Exception as error:
-                self._could_not_start(worker, start.failures + 1, error)
-                continue
-            if (slow := self._members.get(worker)) is not None:
-                self._end(slow)
-            self._members[worker] = member
-            self._telemetry.bytes_moved += int(member.held.sum()) * self._shape.expert_bytes
-            log.info("expert worker %d has joined", worker)
-            self._changed()
-            if start.failures:
-                self._replan_for_members()
-        for worker, (when, failures) in list(self._retries.items()):
-            if worker not in self._starting and time.monotonic() >= when:
-                self._begin(worker, failures)
-
-    def _could_not_start(self, worker: int, failures: int, error: Exception) -> None:
-        log.error("expert worker %d could not be started: %s", worker, error)
-        if worker in self._members:
-            return  # only slow: it goes on
-        if not self._members and not self._starting and failures >= _ATTEMPTS:
-            raise RuntimeError(f"no expert worker is left, and none can be started: {error}") from error
-        self._retries[worker] = (time.monotonic() + _RETRY_S[min(failures, len(_RETRY_S) - 1)], failures)
-        if failures == 1:
-            self._replan_for_members()
-
-    def _replan_for_members(self) -> None:
-        """Plan anew because the workers have changed."""
-        for worker in self._members.keys() & self._retries.keys():
-            del self._retries[worker]
-        try:
-            plan = self._make_plan()
-        except PlanError as error:
-            log.error("the engine runs what no worker holds, because %s", error)
-        else:
-            self.plan, self._former, self._changing = plan, None, True
-
-    def _load(self) -> None:
-        """Have workers that do not hold what they shall begin to load it."""
-        changed = False
-        for worker, member in self._members.items():
-            wanted = self.plan[worker]
-            if member.loading is not None or np.array_equal(member.held, wanted):
-                continue
-            new = wanted & ~member.held
-            # What it shall hold no more gives way first; until the new copies are there, others or the engine serve.
-            member.held, member.coming = member.held & wanted, wanted.copy()
-            kept = [np.flatnonzero(row).tolist() for row in member.held]
-            member.loading = self._background.submit(self._hand_over, member.handle, kept, new)
-            changed = True
-        if changed:
-            self._changed()
-
-    def _hand_over(self, handle: WorkerHandle, kept: list[list[int]], new: np.ndarray) -> int:
-        handle.keep(kept)
-        handle.put(self._sources(new))
-        return int(new.sum()) * self._shape.expert_bytes
-
-    def _collect_loaded(self) -> None:
-        for worker, member in [(w, m) for w, m in self._members.items() if m.loading and m.loading.done()]:
-            loading, coming, member.loading, member.coming = member.loading, member.coming, None, None
-            assert loading is not None and coming is not None
-            try:
-                self._telemetry.bytes_moved += loading.result()
-            except Exception as error:
-                if self._former is None:
-                    self._lost(worker, error)
-                else:
-                    log.error("a plan could not be loaded into worker %d, the old one stays: %s", worker, error)
-                    self.plan, self._former, self._changing = self._former, None, False
-                continue
-            member.held = coming
-            self._changed()
-        if self._changing and all(np.array_equal(m.held, self.plan[worker]) for worker, m in self._members.items()):
-            self._former, self._changing = None, False
-            self._telemetry.plan_changes += 1
-
-    def _changed(self) -> None:
-        """The members or what they hold have changed."""
-        self._meter()
-        held = np.zeros_like(self.plan)
-        for worker, member in self._members.items():
-            held[worker] = member.held
-        self._holders = Holders(held)
-        self._stragglers.forget()
-
-    def _meter(self) -> None:
-        """Charge what the workers have held since the last call: memory × time, as serverless functions are billed."""
-        now = time.monotonic()
-        held = int(self._holders.counts.sum()) * self._shape.expert_bytes
-        self._telemetry.gb_s += held / _GB * (now - self._metered_s)
-        self._metered_s = now
-
-    def _lost(self, worker: int, error: Exception) -> None:
-        """A worker has failed: its part is for others to do, and a new one is started in its place."""
-        log.error("expert worker %d is lost: %s", worker, error)
-        self._telemetry.workers_lost += 1
-        self._end(self._members.pop(worker))
-        self._changed()
-        if worker not in self._starting:
-            self._begin(worker)
-
-    def _end(self, member: _Member) -> None:
-        self._background.submit(member.handle.stop)
-
-    def _relieve(self, worker: int) -> None:
-        """A worker holds the others up: another one is started and takes its place when it is ready."""
-        if worker in self._starting or time.monotonic() < self._next_relief_s:
-            return
-        log.warning("expert worker %d is slow, another one will take its place", worker)
-        self._next_relief_s = time.monotonic() + _RELIEF_PERIOD_S
-        self._telemetry.workers_relieved += 1
-        self._begin(worker)
 
     # --- a layer of a step ----------------------------------------------------------------------------------------
 
@@ -373,16 +136,16 @@ class WorkerPool:
         open_, out, rows = experts >= 0, None, rows_of(hidden, weights)
         while out is None or open_.any():
             owner = np.full(experts.shape, NOBODY)
-            owner[open_] = self._holders.workers_of(layer, experts[open_])
+            owner[open_] = self.crew.holders.workers_of(layer, experts[open_])
             sent = {w: owner == w for w in np.unique(owner[owner != NOBODY]).tolist()}
             sent = {w: mine for w, mine in sent.items() if self._send(w, layer, rows, np.where(mine, experts, -1))}
-            deadline = time.monotonic() + self._timeout_s
+            deadline = time.monotonic() + self.timeout_s
             if out is None:
                 out = local()
             own = open_ & (owner == NOBODY)
             if own.any():
                 out += self._own.run(self.layers[layer].sources, hidden, np.where(own, experts, -1), weights)
-                self._telemetry.bytes_moved += len(np.unique(experts[own])) * self._shape.expert_bytes
+                self._telemetry.bytes_moved += len(np.unique(experts[own])) * self.crew.shape.expert_bytes
             open_ = open_ & ~own
             for worker in self._receive(sent, deadline, out):
                 open_ &= ~sent[worker]
@@ -392,28 +155,30 @@ class WorkerPool:
     def _send(self, worker: int, layer: int, rows: Callable[[np.ndarray], Tensor], experts: np.ndarray) -> bool:
         content = rows(experts)
         try:
-            self._members[worker].link.begin(layer, content, self._shape.hidden_size)
+            self.crew.members[worker].link.begin(layer, content, self.crew.shape.hidden_size)
         except LinkError as error:
-            self._lost(worker, error)
+            self.crew.lost(worker, error)
             return False
-        self._telemetry.bytes_exchanged += 4 * len(content) * (self._shape.row_width + self._shape.hidden_size)
+        self._telemetry.bytes_exchanged += 4 * len(content) * (self.crew.shape.row_width + self.crew.shape.hidden_size)
         return True
 
     def _receive(self, sent: dict[int, np.ndarray], deadline: float, out: Tensor) -> list[int]:
         """Add the results of what was sent ([T, K] by worker) to out [T, M]; returns the workers whose have come."""
         workers = list(sent)
         waited: dict[int, float] = {}
+        results: dict[int, Tensor] = {}
         self._turn = (self._turn + 1) % max(1, len(workers))
         for worker in workers[self._turn :] + workers[: self._turn]:
             started = time.monotonic()
             try:
-                results = self._members[worker].link.finish(deadline)
+                results[worker] = self.crew.members[worker].link.finish(deadline)
             except LinkError as error:
-                self._lost(worker, error)
+                self.crew.lost(worker, error)
                 continue
             waited[worker] = time.monotonic() - started
+        for worker, part in sorted(results.items()):  # always summed in the same order
             rows = torch.from_numpy(np.flatnonzero(sent[worker].any(1)))
-            out.index_add_(0, rows.to(out.device), results.to(out))
+            out.index_add_(0, rows.to(out.device), part.to(out))
         if (slow := self._stragglers.observe(waited)) is not None:
-            self._relieve(slow)
+            self.crew.relieve(slow)
         return list(waited)

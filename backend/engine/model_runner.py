@@ -42,7 +42,7 @@ class ModelRunner:
             torch.cuda.set_device(self.device)  # where Triton launches
         check_attention(config.attention_backend, self.device, config.block_size, config.dtype)
         check_expert_dtype(config.expert_dtype, self.device)
-        use_graphs = resolve_cuda_graphs(config.cuda_graphs, self.device)
+        use_graphs = config.pool.num_workers is None and resolve_cuda_graphs(config.cuda_graphs, self.device)
         self.model = load_model(
             config.checkpoint,
             routing=config.routing,

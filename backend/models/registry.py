@@ -111,10 +111,6 @@ def _resident_slots(pool: PoolOptions, config: ModelConfig, dtype: torch.dtype) 
 def _worker_pool(model: MoeModel, options: PoolOptions) -> WorkerPool:
     config, num_workers = model.config, options.num_workers
     assert num_workers is not None
-    if model.device.type != "cpu":
-        raise ConfigError(
-            f"parameter expert_pool is {options.expert_pool}, which works on a CPU only, but the device is {model.device}"
-        )
     num_layers = sum(config.moe_layers)
     expert_bytes = 3 * config.expert_size * config.hidden_size * model.dtype.itemsize
     capacity = options.slots(config.num_experts, num_layers, expert_bytes)
@@ -123,9 +119,9 @@ def _worker_pool(model: MoeModel, options: PoolOptions) -> WorkerPool:
         num_layers, config.num_experts, config.top_k, config.hidden_size, config.expert_size, capacity, model.dtype
     )
     check_room(config.num_experts, [capacity] * num_workers)
-    host = RayHost(options.ray_address, num_workers, options.worker_cpus, shape)
+    host = RayHost(options.ray_address, num_workers, options.worker_cpus, shape, model.device)
     waits = [True] * len(TOKEN_CLASSES)
-    return WorkerPool(host, num_workers, shape, model.kernels, waits, options.exchange_timeout_s)
+    return WorkerPool(host, num_workers, shape, model.device, model.kernels, waits, options.exchange_timeout_s)
 
 
 def _use_pool(model: MoeModel, options: PoolOptions, absent: Mapping[str, Tensor], folder: Path | None) -> None:

@@ -241,6 +241,12 @@ class EngineServer:
                 expert_stalls=experts.stalls,
                 expert_prefetch_hits=experts.prefetch_hits,
                 expert_bytes_moved=experts.bytes_moved,
+                expert_workers=experts.workers,
+                expert_workers_replaced=experts.workers_lost + experts.workers_relieved,
+                expert_layers_redone=experts.redone,
+                expert_plan_changes=experts.plan_changes,
+                expert_bytes_exchanged=experts.bytes_exchanged,
+                expert_gb_s=experts.gb_s,
             )
             client.socket.send(encode(message))
 

@@ -58,7 +58,7 @@ def pool_of(engine: Engine) -> WorkerPool:
 
 
 def pids(engine: Engine) -> dict[int, int]:
-    handles = {worker: member.handle for worker, member in pool_of(engine)._members.items()}
+    handles = {worker: member.handle for worker, member in pool_of(engine).crew.members.items()}
     assert all(isinstance(handle, RayHandle) for handle in handles.values())
     return {worker: handle.pid for worker, handle in handles.items()}
 
@@ -95,11 +95,11 @@ def test_tokens_are_the_local_pools_also_after_copies_have_moved(engine: Engine,
 
     def move(step: int) -> None:
         if step == 3:
-            pool.replan(loads)
+            pool.crew.replan(loads)
 
     assert tokens(engine, move) == expected
     step_until(engine, lambda: engine.expert_telemetry().plan_changes == 1)
-    assert pool.plan[:, :, 5].all()
+    assert pool.crew.plan[:, :, 5].all()
     assert tokens(engine) == expected
 
 
@@ -121,7 +121,7 @@ def test_worker_killed_in_a_step_changes_no_token_and_another_joins(engine: Engi
 
 def test_worker_that_hangs_in_a_step_changes_no_token_and_is_replaced(engine: Engine, expected) -> None:
     hanging, pool = pids(engine)[1], pool_of(engine)
-    usual, pool._timeout_s = pool._timeout_s, 1.5
+    usual, pool.timeout_s = pool.timeout_s, 1.5
 
     def hang(step: int) -> None:
         if step == 5:
@@ -130,7 +130,7 @@ def test_worker_that_hangs_in_a_step_changes_no_token_and_is_replaced(engine: En
     try:
         assert tokens(engine, hang) == expected
     finally:
-        pool._timeout_s = usual
+        pool.timeout_s = usual
     step_until(engine, lambda: engine.expert_telemetry().workers == 2)
     assert hanging not in pids(engine).values()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from backend.elastic import worker_pool
+from backend.elastic import worker_crew
 from backend.elastic.expert_plan import PlanError
 from backend.elastic.expert_worker import ExpertWorker, WorkerShape
 from backend.elastic.worker_pool import WorkerPool
@@ -32,7 +32,7 @@ class Cluster:
         self.w2 = torch.randn(LAYERS, EXPERTS, HIDDEN, SIZE, generator=generator)
         self.host = ThreadHost()
         shape = WorkerShape(LAYERS, EXPERTS, TOP_K, HIDDEN, SIZE, capacity)
-        self.pool = WorkerPool(self.host, 2, shape, reference, [True] * 4, timeout_s)
+        self.pool = WorkerPool(self.host, 2, shape, torch.device("cpu"), reference, [True] * 4, timeout_s)
         self.maps = []
         for layer in range(LAYERS):
             sources = [(w13[:SIZE], w13[SIZE:], w2) for w13, w2 in zip(self.w13[layer], self.w2[layer], strict=True)]
@@ -63,14 +63,13 @@ class Cluster:
 
     def is_whole(self) -> bool:
         """Whether both workers are there and hold what they shall."""
-        found = self.pool.telemetry()
-        return found.workers == 2 and found.resident_share == 1.0 and not self.pool._starting
+        return self.pool.crew.is_whole and self.pool.telemetry().resident_share == 1.0
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     torch.manual_seed(0)
-    monkeypatch.setattr(worker_pool, "_RETRY_S", (0.0, 0.05))
+    monkeypatch.setattr(worker_crew, "_RETRY_S", (0.0, 0.05))
     made = Cluster()
     yield made
     made.pool.close()
@@ -156,7 +155,7 @@ def test_experts_of_a_worker_that_does_not_come_back_move_to_the_other_and_back_
     assert cluster.pool.telemetry().bytes_moved == moved, "the engine's store is needed no more"
     cluster.host.refuses = set()
     cluster.until(lambda: cluster.is_whole() and cluster.pool.telemetry().plan_changes == 2)
-    assert cluster.pool.plan[0].any(1).all(), "every layer has experts on the worker that has joined"
+    assert cluster.pool.crew.plan[0].any(1).all(), "every layer has experts on the worker that has joined"
     cluster.step(40)
     cluster.pool.close()
 
@@ -164,7 +163,7 @@ def test_experts_of_a_worker_that_does_not_come_back_move_to_the_other_and_back_
 def test_workers_that_cannot_be_started_any_more_are_an_error(cluster: Cluster) -> None:
     cluster.host.refuses = {0, 1}
     cluster.host.handles[0].die_in_the_next_layer()
-    cluster.until(lambda: cluster.pool.telemetry().workers == 1 and bool(cluster.pool._retries))
+    cluster.until(lambda: cluster.pool.telemetry().workers == 1 and bool(cluster.pool.crew._retries))
     cluster.step()  # what one cannot hold, the engine runs
     cluster.host.handles[1].die_in_the_next_layer()
     with pytest.raises(RuntimeError, match="no expert worker is left, and none can be started: the cluster is gone"):
@@ -172,36 +171,36 @@ def test_workers_that_cannot_be_started_any_more_are_an_error(cluster: Cluster) 
 
 
 def test_new_plan_comes_into_force_and_results_stay(cluster: Cluster) -> None:
-    before = cluster.pool.plan
-    cluster.pool.replan(skewed())
+    before = cluster.pool.crew.plan
+    cluster.pool.crew.replan(skewed())
     cluster.until(lambda: cluster.pool.telemetry().plan_changes == 1)
-    assert not np.array_equal(cluster.pool.plan, before)
-    assert cluster.pool.plan[:, :, 0].all(), "the busy expert has two copies"
+    assert not np.array_equal(cluster.pool.crew.plan, before)
+    assert cluster.pool.crew.plan[:, :, 0].all(), "the busy expert has two copies"
     cluster.step(40)
     found = cluster.pool.telemetry()
     assert found.workers_lost == found.redone == 0 and found.bytes_moved > 0
 
 
 def test_plan_that_does_not_fit_is_named_and_the_old_one_stays(cluster: Cluster) -> None:
-    before = cluster.pool.plan
+    before = cluster.pool.crew.plan
     with pytest.raises(PlanError, match="2 workers with room for 3 experts of each layer cannot hold 8"):
-        cluster.pool.replan(capacity=3)
-    assert cluster.pool.plan is before
+        cluster.pool.crew.replan(capacity=3)
+    assert cluster.pool.crew.plan is before
     cluster.step()
 
 
 def test_plan_for_which_a_worker_lacks_memory_is_taken_back(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    before = cluster.pool.plan
+    before = cluster.pool.crew.plan
 
     def full() -> None:
         cluster.host.handles[1].before_put = lambda: None
         raise MemoryError("this worker is full")
 
     cluster.host.handles[1].before_put = full
-    cluster.pool.replan(skewed())
-    cluster.until(lambda: cluster.pool.plan is before and cluster.pool.telemetry().resident_share == 1.0)
+    cluster.pool.crew.replan(skewed())
+    cluster.until(lambda: cluster.pool.crew.plan is before and cluster.pool.telemetry().resident_share == 1.0)
     assert "could not be loaded into worker 1, the old one stays: this worker is full" in caplog.text
-    cluster.until(lambda: all(np.array_equal(m.held, before[w]) for w, m in cluster.pool._members.items()))
+    cluster.until(lambda: all(np.array_equal(m.held, before[w]) for w, m in cluster.pool.crew.members.items()))
     found = cluster.pool.telemetry()
     assert found.plan_changes == found.workers_lost == 0
 

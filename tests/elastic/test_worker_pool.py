@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from backend.elastic import worker_crew
+from backend.elastic import stragglers, worker_crew
 from backend.elastic.expert_plan import PlanError
 from backend.elastic.expert_worker import ExpertWorker, WorkerShape
 from backend.elastic.worker_pool import WorkerPool
@@ -130,8 +130,11 @@ def test_worker_that_hangs_is_given_up_after_the_timeout_alone_and_replaced() ->
     slow.pool.close()
 
 
-def test_worker_that_holds_the_others_up_works_on_until_another_has_taken_its_place() -> None:
+def test_worker_that_holds_the_others_up_works_on_until_another_has_taken_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(stragglers, "_WINDOW", 12)
     cluster = Cluster(timeout_s=10.0)
     slow = cluster.host.handles[1]
     slow.before_run = lambda: time.sleep(0.03)

@@ -81,9 +81,10 @@ class EngineConfig:
     #: Threads of the engine's CPU kernels; default: torch's own choice.
     cpu_threads: int | None = None
     #: `local`: all experts on the device; `resident`: some of them, the others in the memory-mapped checkpoint (CPU) or pinned
-    #: host memory (CUDA), from where those that are expected to be needed are fetched.
+    #: host memory (CUDA), from where those that are expected to be needed are fetched; `workers:N`: on N workers that Ray starts.
     expert_pool: str = "local"
-    #: With `resident`: the share of each layer's experts that the device holds (0.5), or the bytes for them (2G).
+    #: With `resident` and `workers:N`: the share of each layer's experts that the device or each worker holds (0.5), or the
+    #: bytes for them (2G).
     resident_experts: str = "0.5"
     #: What serves an expert that is not there: `united` (its group's united expert; requests that are never browned out wait
     #: nevertheless) or `wait` (itself: every step waits for what it needs).
@@ -91,6 +92,13 @@ class EngineConfig:
     #: What experts are fetched by: `predictor` (load-predictor.safetensors beside the checkpoint), `ewma` (past loads), `auto`
     #: (the predictor if there is one) or `none` (nothing is fetched ahead).
     expert_prefetch: str = "auto"
+    #: Ray cluster for `workers:N` (host:port, or auto for the one of this machine); default: one of the engine's own, on this
+    #: machine, which ends with it.
+    ray_address: str = ""
+    #: Cores and threads of a worker; default: 1, on a cluster of the engine's own an equal share.
+    worker_cpus: int | None = None
+    #: Seconds after which a worker that has not answered counts as lost.
+    exchange_timeout_s: float = 5.0
     #: Repeat the intermediate neurons of each routed and united expert so often and divide their down projections by it:
     #: the same function at so many times the cost, to see on a small model what a large one gains.
     widen_experts: int = 1
@@ -113,7 +121,14 @@ class EngineConfig:
         check(self.async_scheduling in SWITCH, "async_scheduling", "one of " + ", ".join(SWITCH))
         for name in ("block_size", "max_batch_tokens", "max_running", "max_waiting", "widen_experts"):
             check(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("kv_cache_memory", "kv_cache_blocks", "max_model_len", "max_responses_per_s", "cpu_threads"):
+        for name in (
+            "kv_cache_memory",
+            "kv_cache_blocks",
+            "max_model_len",
+            "max_responses_per_s",
+            "cpu_threads",
+            "worker_cpus",
+        ):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         check(
             self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0,
@@ -126,6 +141,7 @@ class EngineConfig:
             "left out when kv_cache_memory is given",
         )
         check(self.shed_ttft_s is None or self.shed_ttft_s > 0, "shed_ttft_s", "greater than 0 seconds")
+        check(0 < self.exchange_timeout_s <= 3600, "exchange_timeout_s", "greater than 0 and at most 3600 seconds")
         check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
         _ = self.pool  # raises for unusable values
         # The resident pool fetches weights in the type of the checkpoint, and looks at loads between steps.
@@ -135,13 +151,19 @@ class EngineConfig:
                     f"parameter {name} is {value}, which needs expert_pool local, but that is {self.expert_pool}; set {name} "
                     f"to {other}, or expert_pool to local"
                 )
+        check(
+            self.pool.num_workers is None or self.cuda_graphs != "on",
+            "cuda_graphs",
+            "auto or off with expert_pool workers",
+        )
         check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
         check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")
 
     @property
     def pool(self) -> PoolOptions:
         """Which pool serves the experts."""
-        return PoolOptions(self.expert_pool, self.resident_experts, self.expert_miss, self.expert_prefetch)
+        names = (field.name for field in fields(PoolOptions))
+        return PoolOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def devices(self) -> tuple[str, ...]:

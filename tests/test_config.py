@@ -35,7 +35,7 @@ def test_config_survives_the_way_to_the_engine_process():
         ({"kv_cache_memory": "lots"}, "kv_cache_memory must be a number of bytes"),
         ({"kv_cache_memory": "nan"}, "kv_cache_memory must be a number of bytes"),
         ({"kv_cache_memory": "1G", "kv_cache_blocks": "5"}, "kv_cache_blocks must be left out when kv_cache_memory"),
-        ({"expert_pool": "some"}, "expert_pool must be one of local, resident, got 'some'"),
+        ({"expert_pool": "some"}, "expert_pool must be local, resident or workers:N .*got 'some'"),
         ({"expert_miss": "drop"}, "expert_miss must be one of united, wait"),
         ({"expert_prefetch": "all"}, "expert_prefetch must be one of auto, predictor, ewma, none"),
         ({"resident_experts": "0"}, "resident_experts must be a share .* above 0 and up to 1, or the bytes"),

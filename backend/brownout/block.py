@@ -98,7 +98,7 @@ TELEMETRY = np.dtype(
         ("assignments_per_token", "<f8"),
         ("united_share", "<f8"),
         ("max_gap_s", "<f8"),
-        # Of a resident expert pool; see backend.experts.resident.ExpertTelemetry.
+        # Of a resident or worker pool; see backend.experts.resident.ExpertTelemetry.
         ("resident_share", "<f8"),
         ("expert_misses", "<i8"),
         ("expert_stalls", "<i8"),
@@ -106,6 +106,13 @@ TELEMETRY = np.dtype(
         ("expert_prefetches", "<i8"),
         ("expert_prefetch_hits", "<i8"),
         ("expert_bytes_moved", "<i8"),
+        ("expert_workers", "<i8"),
+        ("expert_workers_lost", "<i8"),
+        ("expert_workers_relieved", "<i8"),
+        ("expert_layers_redone", "<i8"),
+        ("expert_plan_changes", "<i8"),
+        ("expert_bytes_exchanged", "<i8"),
+        ("expert_gb_s", "<f8"),
         ("num_layers", "<i8"),
         ("active_slots", "<f4", (MAX_LAYERS,)),
         ("prefill_step_counts", "<u8", (NUM_BUCKETS,)),

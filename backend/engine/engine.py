@@ -78,6 +78,10 @@ class Engine:
         self.overlap = resolve_async_scheduling(config, self.runner.device)
         self._ahead: _Step | None = None
 
+    def close(self) -> None:
+        """End what runs beside the engine: expert workers."""
+        self.runner.close()
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests)

@@ -12,6 +12,7 @@ from backend.brownout.layer_thresholds import LayerThresholds
 from backend.brownout.profile import find_profile
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
+from backend.elastic.worker_pool import WorkerPool
 from backend.engine.batch import build_batch
 from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
 from backend.engine.request import Request
@@ -45,7 +46,7 @@ class ModelRunner:
             torch.cuda.set_device(self.device)  # where Triton launches
         check_attention(config.attention_backend, self.device, config.block_size, config.dtype)
         check_expert_dtype(config.expert_dtype, self.device)
-        use_graphs = resolve_cuda_graphs(config.cuda_graphs, self.device)
+        use_graphs = config.pool.num_workers is None and resolve_cuda_graphs(config.cuda_graphs, self.device)
         self.model = load_model(
             config.checkpoint,
             routing=config.routing,
@@ -68,6 +69,8 @@ class ModelRunner:
             self.model.fold_shared_experts()
         if config.expert_dtype == "fp8":
             self.model.quantize_experts()
+        if isinstance(self.model.pool, WorkerPool):
+            self.model.pool.start()
         limit = self.model.config.max_position_embeddings
         self.max_model_len = limit if config.max_model_len is None else config.max_model_len
         if self.max_model_len > limit:
@@ -156,6 +159,11 @@ class ModelRunner:
         schedule.num_tokens.append(1)
         schedule.num_decodes = 1
         return build_batch(schedule, self.block_size, self.device)
+
+    def close(self) -> None:
+        """End the expert workers, if there are any."""
+        if isinstance(self.model.pool, WorkerPool):
+            self.model.pool.close()
 
     def apply(self, settings: Settings) -> None:
         """Write the settings into the model's device tables; they act from the next step on.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from backend.errors import ConfigError
 
-POOLS = ("local", "resident")
+_WORKERS = "workers:"
 MISSES = ("united", "wait")
 PREFETCHES = ("auto", "predictor", "ewma", "none")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -20,12 +20,25 @@ class PoolOptions:
     resident_experts: str = "0.5"
     expert_miss: str = "united"
     expert_prefetch: str = "auto"
+    ray_address: str = ""
+    worker_cpus: int | None = None
+    exchange_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("expert_pool", POOLS), ("expert_miss", MISSES), ("expert_prefetch", PREFETCHES)):
+        if self.expert_pool not in ("local", "resident") and self.num_workers is None:
+            raise ConfigError(
+                f"parameter expert_pool must be local, resident or {_WORKERS}N with N workers, got {self.expert_pool!r}"
+            )
+        for name, allowed in (("expert_miss", MISSES), ("expert_prefetch", PREFETCHES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"parameter {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._share_or_bytes()
+
+    @property
+    def num_workers(self) -> int | None:
+        """Workers that hold the experts; None: the engine itself does."""
+        kind, _, number = self.expert_pool.partition(":")
+        return int(number) if kind == "workers" and number.isdecimal() and int(number) > 0 else None
 
     @property
     def resident(self) -> bool:
@@ -33,8 +46,8 @@ class PoolOptions:
         return self.expert_pool == "resident"
 
     def slots(self, num_experts: int, num_layers: int, expert_bytes: int) -> int | None:
-        """Slots of each of the `num_layers` layers with experts; None: one for each expert."""
-        if not self.resident:
+        """Slots of each of the `num_layers` layers with experts, in the engine or in each worker; None: one for each expert."""
+        if self.expert_pool == "local":
             return None
         share, memory = self._share_or_bytes()
         if memory is None:

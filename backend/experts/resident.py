@@ -55,6 +55,16 @@ class ExpertTelemetry:
     bytes_moved: int = 0
     #: Assignments in all.
     assignments: int = 0
+    #: Workers that take part now; workers that were lost or too slow and had others take their place.
+    workers: int = 0
+    workers_lost: int = 0
+    workers_relieved: int = 0
+    #: Layers of steps of which a part was done again, and changes of what the workers hold.
+    redone: int = 0
+    plan_changes: int = 0
+    #: Bytes of tokens and results sent and received, and the memory of the copies that workers hold × time, in GB·s.
+    bytes_exchanged: int = 0
+    gb_s: float = 0.0
 
 
 class ResidentExperts:

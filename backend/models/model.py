@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backend.brownout.settings import TOKEN_CLASSES
+from backend.elastic.worker_pool import WorkerPool
 from backend.experts.resident import ResidentPool
 from backend.kernels import kernels_for
 from backend.models.attention import Attention, KVCache
@@ -102,7 +103,7 @@ class MoeModel:
         ]
         self.ways = tuple(sorted(groups))
         #: Decides which experts have slots; None: all have.
-        self.pool: ResidentPool | None = None
+        self.pool: ResidentPool | WorkerPool | None = None
         #: [T] int32, of each token of the last step the assignments of all layers that its own experts did not serve.
         self.last_replaced: Tensor | None = None
         self.final_norm = RMSNorm(backing, config.hidden_size, config.rms_norm_eps)
@@ -143,7 +144,7 @@ class MoeModel:
         assert moe is not None
         return moe
 
-    def use_pool(self, pool: ResidentPool, absent: Mapping[str, Tensor]) -> None:
+    def use_pool(self, pool: ResidentPool | WorkerPool, absent: Mapping[str, Tensor]) -> None:
         """Have `pool` fill the experts' slots from the tensors, by checkpoint name, that have no place in them."""
         self.pool = pool
         for i, layer in enumerate(self.layers):
@@ -156,6 +157,8 @@ class MoeModel:
         """Make each routed and united expert `times` as wide and expensive without changing what it computes."""
         for block in self.moe_blocks:
             block.experts.widen(times)
+        if isinstance(self.pool, WorkerPool):
+            self.pool.widen(times)
 
     def fold_shared_experts(self) -> None:
         """See `MoeBlock.fold_shared`."""

@@ -93,11 +93,14 @@ class MoeBlock:
         prefix = f"{layer_prefix}.{self.names.moe_block}"
         yield f"{prefix}.gate.weight", self.router
         local = self.expert_map.num_resident == self.expert_map.num_experts
+        sizes = self.experts.expert_size, self.router.shape[1]
+        absent = self.router.new_empty(sizes, device="meta")
+        absent_down = self.router.new_empty(sizes[::-1], device="meta")
         for expert in range(self.expert_map.num_experts):
-            slot = expert if local else 0
-            parts = (self.experts.gate(slot), self.experts.up(slot), self.experts.down(slot))
-            for name, part in zip(self.expert_names(layer_prefix, expert), parts, strict=True):
-                yield name, part if local else part.to("meta")
+            parts = (absent, absent, absent_down)
+            if local:
+                parts = (self.experts.gate(expert), self.experts.up(expert), self.experts.down(expert))
+            yield from zip(self.expert_names(layer_prefix, expert), parts, strict=True)
         if self.shared_expert is not None and self.shared_gate is not None:
             yield from self.shared_expert.weights(f"{prefix}.shared_expert")
             yield from self.shared_gate.weights(f"{prefix}.shared_expert_gate")

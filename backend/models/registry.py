@@ -12,8 +12,12 @@ from torch import Tensor
 
 from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.settings import TOKEN_CLASSES
+from backend.elastic.expert_plan import check_room
+from backend.elastic.expert_worker import WorkerShape
 from backend.elastic.predictor import FILE_NAME as PREDICTOR_NAME
 from backend.elastic.predictor import LoadPredictor
+from backend.elastic.ray_workers import RayHost
+from backend.elastic.worker_pool import WorkerPool
 from backend.engine.request import NEVER
 from backend.errors import ConfigError
 from backend.experts.options import PoolOptions
@@ -100,12 +104,32 @@ def weight_type(checkpoint: str, dtype: str, device: torch.device) -> torch.dtyp
 
 def _resident_slots(pool: PoolOptions, config: ModelConfig, dtype: torch.dtype) -> int | None:
     expert_bytes = 3 * config.expert_size * config.hidden_size * dtype.itemsize
-    return pool.slots(config.num_experts, sum(config.moe_layers), expert_bytes)
+    slots = pool.slots(config.num_experts, sum(config.moe_layers), expert_bytes)
+    return slots if pool.num_workers is None else 0
+
+
+def _worker_pool(model: MoeModel, options: PoolOptions) -> WorkerPool:
+    config, num_workers = model.config, options.num_workers
+    assert num_workers is not None
+    num_layers = sum(config.moe_layers)
+    expert_bytes = 3 * config.expert_size * config.hidden_size * model.dtype.itemsize
+    capacity = options.slots(config.num_experts, num_layers, expert_bytes)
+    assert capacity is not None
+    shape = WorkerShape(
+        num_layers, config.num_experts, config.top_k, config.hidden_size, config.expert_size, capacity, model.dtype
+    )
+    check_room(config.num_experts, [capacity] * num_workers)
+    host = RayHost(options.ray_address, num_workers, options.worker_cpus, shape, model.device)
+    waits = [True] * len(TOKEN_CLASSES)
+    return WorkerPool(host, num_workers, shape, model.device, model.kernels, waits, options.exchange_timeout_s)
 
 
 def _use_pool(model: MoeModel, options: PoolOptions, absent: Mapping[str, Tensor], folder: Path | None) -> None:
     """Give the model the pool that the options ask for; `absent` are the experts' tensors by name."""
     if not absent:
+        return
+    if options.num_workers is not None:
+        model.use_pool(_worker_pool(model, options), absent)
         return
     if options.expert_miss == "united" and not model.ways:
         raise ConfigError(

@@ -180,6 +180,10 @@ class EngineControl:
         row["expert_misses"], row["expert_stalls"] = experts.misses, experts.stalls
         row["expert_stall_s"], row["expert_bytes_moved"] = experts.stall_s, experts.bytes_moved
         row["expert_prefetches"], row["expert_prefetch_hits"] = experts.prefetches, experts.prefetch_hits
+        row["expert_workers"], row["expert_layers_redone"] = experts.workers, experts.redone
+        row["expert_workers_lost"], row["expert_workers_relieved"] = experts.workers_lost, experts.workers_relieved
+        row["expert_plan_changes"], row["expert_bytes_exchanged"] = experts.plan_changes, experts.bytes_exchanged
+        row["expert_gb_s"] = experts.gb_s
         if now >= self._next_usage_s and engine.has_work:
             self._next_usage_s = now + _USAGE_PERIOD_S
             stats = engine.stats()

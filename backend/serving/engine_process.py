@@ -250,6 +250,12 @@ class EngineServer:
                 expert_stalls=experts.stalls,
                 expert_prefetch_hits=experts.prefetch_hits,
                 expert_bytes_moved=experts.bytes_moved,
+                expert_workers=experts.workers,
+                expert_workers_replaced=experts.workers_lost + experts.workers_relieved,
+                expert_layers_redone=experts.redone,
+                expert_plan_changes=experts.plan_changes,
+                expert_bytes_exchanged=experts.bytes_exchanged,
+                expert_gb_s=experts.gb_s,
             )
             client.socket.send(encode(message))
 
@@ -306,6 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     record.write(args.runtime_dir, args.index)
     log.info("engine %d is ready (generation %d, pid %d)", args.index, args.generation, os.getpid())
     server.run()
+    engine.close()
     record.state = "stopped"
     record.write(args.runtime_dir, args.index)
     return 0

@@ -157,6 +157,22 @@ class Metrics:
                 "moe_expert_prefetch_hits_total", "Experts fetched ahead that were then used", kinds.COUNTER
             ),
             "moved": family("moe_expert_moved_bytes_total", "Bytes of weights copied into slots", kinds.COUNTER),
+            "workers": family("moe_expert_workers", "Expert workers that take part", kinds.GAUGE),
+            "replaced": family(
+                "moe_expert_workers_replaced_total", "Expert workers that were lost or too slow", kinds.COUNTER
+            ),
+            "redone": family(
+                "moe_expert_layers_redone_total",
+                "MoE layers of which a lost worker's part was done again",
+                kinds.COUNTER,
+            ),
+            "plans": family("moe_expert_plan_changes_total", "Changes of what expert workers hold", kinds.COUNTER),
+            "exchanged": family(
+                "moe_expert_exchanged_bytes_total", "Bytes of tokens and results to and from workers", kinds.COUNTER
+            ),
+            "memory": family(
+                "moe_expert_memory_byte_seconds_total", "Memory of the experts that workers hold × time", kinds.COUNTER
+            ),
             "threshold": family("moe_brownout_threshold", "Brownout threshold in force", kinds.GAUGE),
         }
         self._metrics: dict[tuple[str, str], object] = {}
@@ -219,6 +235,12 @@ class Metrics:
             self._raise_to("stalls", sum(s.expert_stalls for s in stats))
             self._raise_to("prefetch_hits", sum(s.expert_prefetch_hits for s in stats))
             self._raise_to("moved", sum(s.expert_bytes_moved for s in stats))
+            self._metric("workers").set(sum(s.expert_workers for s in stats))
+            self._raise_to("replaced", sum(s.expert_workers_replaced for s in stats))
+            self._raise_to("redone", sum(s.expert_layers_redone for s in stats))
+            self._raise_to("plans", sum(s.expert_plan_changes for s in stats))
+            self._raise_to("exchanged", sum(s.expert_bytes_exchanged for s in stats))
+            self._raise_to("memory", sum(s.expert_gb_s for s in stats) * 1e9)
             self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
             self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
 

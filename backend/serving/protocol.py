@@ -108,6 +108,12 @@ class Stats(msgspec.Struct, tag=True):
     expert_stalls: int = 0
     expert_prefetch_hits: int = 0
     expert_bytes_moved: int = 0
+    expert_workers: int = 0
+    expert_workers_replaced: int = 0
+    expert_layers_redone: int = 0
+    expert_plan_changes: int = 0
+    expert_bytes_exchanged: int = 0
+    expert_gb_s: float = 0.0
 
 
 ToEngine = Hello | Bye | Submit | Abort | Served

@@ -33,6 +33,12 @@ DOCUMENTED = {
     "moe_expert_stalls_total": ("counter", set()),
     "moe_expert_prefetch_hits_total": ("counter", set()),
     "moe_expert_moved_bytes_total": ("counter", set()),
+    "moe_expert_workers": ("gauge", set()),
+    "moe_expert_workers_replaced_total": ("counter", set()),
+    "moe_expert_layers_redone_total": ("counter", set()),
+    "moe_expert_plan_changes_total": ("counter", set()),
+    "moe_expert_exchanged_bytes_total": ("counter", set()),
+    "moe_expert_memory_byte_seconds_total": ("counter", set()),
 }
 ENGINE_WIDE = (
     "moe_preemptions_total",
@@ -46,6 +52,12 @@ ENGINE_WIDE = (
     "moe_expert_stalls_total",
     "moe_expert_prefetch_hits_total",
     "moe_expert_moved_bytes_total",
+    "moe_expert_workers",
+    "moe_expert_workers_replaced_total",
+    "moe_expert_layers_redone_total",
+    "moe_expert_plan_changes_total",
+    "moe_expert_exchanged_bytes_total",
+    "moe_expert_memory_byte_seconds_total",
 )
 
 

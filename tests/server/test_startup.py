@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def wrong_tokenizer(folder: Path) -> dict:
     return {"env": {"MOE_LLM_CHECKPOINT": str(folder)}}
 
 
+def workers_without_cluster(folder: Path) -> dict:
+    """Says so where Ray is installed; elsewhere that it is not."""
+    env = {"MOE_LLM_CHECKPOINT": "dummy:tiny", "MOE_LLM_EXPERT_POOL": "workers:2", "MOE_LLM_RAY_ADDRESS": "127.0.0.1:1"}
+    return {"env": env}
+
+
 def _checkpoint(folder: Path, tokenizer_size: int) -> None:
     make_checkpoint(folder, vocab_size=VOCAB)
     build_synthetic_tokenizer(tokenizer_size).save_pretrained(folder)
@@ -58,6 +65,11 @@ CASES: dict[Callable[[Path], dict], tuple[str, ...]] = {
     missing_checkpoint: ("parameter checkpoint", "nowhere"),
     unknown_parameter: ("unknown parameter 'max_runing'", "max_running"),
     truncated_weights: ("checkpoint", "model.safetensors", "truncated", "copy or download it again"),
+    workers_without_cluster: (
+        ("Ray cluster at 127.0.0.1:1 (parameter ray_address)", "cannot be used")
+        if find_spec("ray")
+        else ("parameter expert_pool", "install the extra workers")
+    ),
     wrong_tokenizer: ("parameter checkpoint", "wrong tokenizer", "copy the tokenizer files"),
 }
 

@@ -1,0 +1,220 @@
+"""Expert workers as Ray actors: started, placed and watched by Ray, on one host or several.
+
+Ray is an optional extra. It carries only what is not urgent: starting workers and handing them weights; tokens go by
+`backend.elastic.exchange`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from backend.elastic.exchange import WORKER, Link, LinkError
+from backend.elastic.expert_worker import ExpertWorker, WorkerShape
+from backend.errors import ConfigError
+from backend.experts.resident import Source
+
+log = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parents[2]
+#: Seconds that Ray has to start an actor, which may have to compile its kernels, or to answer it.
+_CALL_TIMEOUT_S = 150.0
+_REACH_TIMEOUT_S = 5.0
+#: Bytes of weights in one call, and of the memory through which a cluster of the engine's own passes them.
+_CALL_BYTES = 64 * 2**20
+_OBJECT_STORE_BYTES = 512 * 2**20
+#: Ray's names of what a cluster has, and of what an actor needs.
+_OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+
+
+class RayActor:
+    """What runs in an actor's process: a worker, and the thread that serves the engine."""
+
+    def __init__(self, shape: WorkerShape, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self._device = torch.device(device)
+        self._worker = ExpertWorker(shape, self._device)
+
+    def meet(self, address: str, port: int, name: str) -> int:
+        """Serve the engine that waits under `name` in the store there; returns this process's id."""
+        import ray
+
+        store = dist.TCPStore(address, port, is_master=False)
+        own_address = ray.util.get_node_ip_address()
+        threading.Thread(target=self._serve, args=(store, name, own_address), name="serve", daemon=True).start()
+        return os.getpid()
+
+    def put(self, experts: Sequence[tuple[int, int, Source]]) -> None:
+        """See WorkerHandle."""
+        for layer, expert, source in experts:
+            self._worker.put(layer, expert, *source)
+
+    def keep(self, experts: Sequence[Sequence[int]]) -> None:
+        """See WorkerHandle."""
+        for layer, kept in enumerate(experts):
+            self._worker.keep(layer, kept)
+
+    def _serve(self, store: dist.Store, name: str, own_address: str) -> None:
+        try:
+            self._worker.serve(Link(store, name, WORKER, own_address, self._device))
+        except LinkError as error:
+            log.info("the engine is gone: %s", error)
+        finally:
+            # A worker without its engine is of no use, and one that failed must not look alive.
+            os._exit(0)
+
+
+class RayHandle:
+    """The engine's end of an actor."""
+
+    def __init__(self, ray, actor) -> None:
+        self._ray, self._actor = ray, actor
+        self.pid = 0
+
+    def meet(self, address: str, port: int, name: str) -> None:
+        """See RayActor."""
+        self.pid = self._call(self._actor.meet.remote(address, port, name))
+
+    def put(self, experts: Sequence[tuple[int, int, Source]]) -> None:
+        """See WorkerHandle."""
+        for part in _parts(experts):
+            self._call(self._actor.put.remote(part))
+
+    def keep(self, experts: Sequence[Sequence[int]]) -> None:
+        """See WorkerHandle."""
+        self._call(self._actor.keep.remote(experts))
+
+    def stop(self) -> None:
+        """See WorkerHandle."""
+        try:
+            self._ray.kill(self._actor)
+        except Exception as error:
+            log.debug("a worker could not be ended, so it is gone: %s", error)
+
+    def _call(self, reference):
+        return self._ray.get(reference, timeout=_CALL_TIMEOUT_S)
+
+
+class RayHost:
+    """Starts workers on a Ray cluster."""
+
+    def __init__(
+        self, address: str, num_workers: int, cpus: int | None, shape: WorkerShape, device: torch.device
+    ) -> None:
+        """`address` of a running cluster; empty: one of this process's own, on this machine, which ends with it. `cpus`: cores
+        and threads of a worker (default: 1, on a cluster of its own an equal share). `device` of the engine: beside one on a
+        CUDA device every worker has such a device of its own.
+
+        Raises ConfigError if Ray is not installed, the cluster cannot be reached or has no room for so many workers.
+        """
+        if device.type == "cuda" and not address:
+            raise ConfigError(
+                f"parameter expert_pool is workers:{num_workers} and the device {device}, which needs the parameter ray_address: a "
+                "cluster whose GPUs are others than the engine's"
+            )
+        former_handler = signal.getsignal(signal.SIGTERM)
+        # Ray reads these when it is imported: it tries for minutes to reach a cluster, and reports its use to its makers.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                f"parameter expert_pool is workers:{num_workers}, which needs the package ray: install the extra workers "
+                "(pip install ray), or use local or resident"
+            ) from None
+        self._ray = ray
+        if address:
+            where, self._cpus = f"the Ray cluster at {address} (parameter ray_address)", cpus or 1
+        else:
+            where, self._cpus = (
+                "a Ray cluster on this machine",
+                cpus or max(1, (os.cpu_count() or 1) // (num_workers + 1)),
+            )
+        try:
+            if address:
+                _check_reachable(address)
+                options = {"address": address}
+            else:
+                # Room for one more: a slow worker goes on until another one has taken its place.
+                options = {"num_cpus": (num_workers + 1) * self._cpus, "object_store_memory": _OBJECT_STORE_BYTES}
+                options["include_dashboard"] = False
+            ray.init(
+                **options,
+                namespace="experts",
+                log_to_driver=False,
+                configure_logging=False,
+                ignore_reinit_error=True,
+                runtime_env={"env_vars": {"PYTHONPATH": str(_ROOT), "OMP_WAIT_POLICY": "PASSIVE"}},
+            )
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{where} cannot be used for expert workers: {reason}") from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, former_handler)  # Ray's would end the engine without draining
+        self._device = device.type
+        #: What each worker needs, in Ray's words.
+        self._needs: dict[str, float] = {"CPU": self._cpus}
+        self._needs |= {"GPU": 1} if device.type == "cuda" else {"memory": shape.num_bytes}
+        self._check_room(where, num_workers)
+        self.address = ray.util.get_node_ip_address()
+
+    def start(self, name: str, shape: WorkerShape, store_port: int) -> RayHandle:
+        """See WorkerHost."""
+        options = {_OPTIONS[kind]: amount for kind, amount in self._needs.items()}
+        actor = self._ray.remote(RayActor).options(**options, max_restarts=0)
+        handle = RayHandle(self._ray, actor.remote(shape, self._cpus, self._device))
+        try:
+            handle.meet(self.address, store_port, name)
+        except self._ray.exceptions.GetTimeoutError:
+            handle.stop()
+            raise TimeoutError(
+                f"Ray has not started a worker that needs {self._needs} within {_CALL_TIMEOUT_S:g} s"
+            ) from None
+        except BaseException:
+            handle.stop()
+            raise
+        return handle
+
+    def _check_room(self, where: str, num_workers: int) -> None:
+        """Raise ConfigError if the cluster as a whole is too small: Ray would wait for it to grow."""
+        there = self._ray.cluster_resources()
+        for kind, needed in self._needs.items():
+            if there.get(kind, 0) < num_workers * needed:
+                raise ConfigError(
+                    f"{where} has {there.get(kind, 0):g} of the resource {kind}, but {num_workers} workers need "
+                    f"{num_workers * needed} (parameters expert_pool, worker_cpus, resident_experts)"
+                )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise at once where Ray would try for a long time."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("an address is host:port, or auto for the cluster of this machine")
+    with socket.create_connection((host, int(port)), _REACH_TIMEOUT_S):
+        pass
+
+
+def _parts(experts: Sequence[tuple[int, int, Source]]) -> Iterator[list[tuple[int, int, Source]]]:
+    """The experts in calls of bounded size; cloned, because a view would travel with all that it is a view of."""
+    part, size = [], 0
+    for layer, expert, source in experts:
+        part.append((layer, expert, tuple(tensor.clone() for tensor in source)))
+        size += sum(tensor.nbytes for tensor in source)
+        if size >= _CALL_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

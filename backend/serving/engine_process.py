@@ -222,7 +222,7 @@ class EngineServer:
         client.socket.send(encode(Outputs(tokens, ended, self._engine.settings.version)))
 
     def _send_stats(self) -> None:
-        stats, experts = self._engine.stats(), self._engine.expert_telemetry()
+        stats = self._engine.stats()
         for client in self._clients.values():
             running = len(client.started)
             message = Stats(
@@ -236,11 +236,7 @@ class EngineServer:
                 threshold_decode=self._engine.settings.threshold_decode,
                 active_slots=stats.active_slots,
                 united_share=stats.united_share,
-                resident_share=experts.resident_share,
-                expert_misses=experts.misses,
-                expert_stalls=experts.stalls,
-                expert_prefetch_hits=experts.prefetch_hits,
-                expert_bytes_moved=experts.bytes_moved,
+                experts=self._engine.expert_telemetry(),
             )
             client.socket.send(encode(message))
 

@@ -20,6 +20,7 @@ import psutil
 
 from backend.engine.request import RequestEnded, TokenOutput
 from backend.engine.sampling_params import SamplingParams
+from backend.experts.resident import ExpertTelemetry
 
 RUNTIME_DIR_ENV = "BROWNOUT_RUNTIME_DIR"
 #: Exit status of an engine process whose configuration is unusable: starting it again would not help.
@@ -97,11 +98,7 @@ class Stats(msgspec.Struct, tag=True):
     threshold_decode: float
     active_slots: float
     united_share: float
-    resident_share: float = 1.0
-    expert_misses: int = 0
-    expert_stalls: int = 0
-    expert_prefetch_hits: int = 0
-    expert_bytes_moved: int = 0
+    experts: ExpertTelemetry
 
 
 ToEngine = Hello | Bye | Submit | Abort | Served

@@ -28,10 +28,14 @@ DOCUMENTED = {
     "moe_active_slots": ("gauge", set()),
     "moe_united_assignment_ratio": ("gauge", set()),
     "moe_resident_expert_ratio": ("gauge", set()),
+    "moe_expert_assignments_total": ("counter", set()),
     "moe_expert_misses_total": ("counter", set()),
     "moe_expert_stalls_total": ("counter", set()),
+    "moe_expert_stall_seconds_total": ("counter", set()),
+    "moe_expert_prefetches_total": ("counter", set()),
     "moe_expert_prefetch_hits_total": ("counter", set()),
     "moe_expert_moved_bytes_total": ("counter", set()),
+    "moe_expert_slot_byte_seconds_total": ("counter", set()),
 }
 ENGINE_WIDE = (
     "moe_preemptions_total",
@@ -41,10 +45,14 @@ ENGINE_WIDE = (
     "moe_active_slots",
     "moe_united_assignment_ratio",
     "moe_resident_expert_ratio",
+    "moe_expert_assignments_total",
     "moe_expert_misses_total",
     "moe_expert_stalls_total",
+    "moe_expert_stall_seconds_total",
+    "moe_expert_prefetches_total",
     "moe_expert_prefetch_hits_total",
     "moe_expert_moved_bytes_total",
+    "moe_expert_slot_byte_seconds_total",
 )
 
 

@@ -34,9 +34,10 @@ from backend.experts.weight_store import ExpertWeights
 #: Share of all layers' slots that past loads may have refilled in one step.
 _REFILL_STEP = 1 / 32
 #: Steps of up to so many tokens are small: each layer is predicted in every `_TURNS`th of them only. Their loads change little
-#: from one to the next, and they are short. As many rows are enough to predict the loads of a step.
+#: from one to the next, and they are short. So many rows are enough to predict the loads of a large one.
 _FEW_TOKENS = 64
 _TURNS = 8
+_ROWS = 128
 
 
 @dataclass
@@ -132,7 +133,7 @@ class ResidentPool:
         for later, distance in self._predicted_at.get(layer, ()):
             if num_tokens <= _FEW_TOKENS and (later + self._turn) % _TURNS:
                 continue
-            rows = hidden[:: -(-num_tokens // _FEW_TOKENS)].cpu()
+            rows = hidden[:: -(-num_tokens // _ROWS)].cpu()
             loads = self._predictor.loads(rows, later, distance).numpy()
             # Ties, of which there are many, are for the past to decide; it also keeps what comes back every few steps.
             self.layers[later].prefetch(loads / loads.sum() + self.ledger.expected[later], self.ledger.slots_in_use)

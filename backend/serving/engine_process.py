@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -236,7 +236,7 @@ class EngineServer:
                 threshold_decode=self._engine.settings.threshold_decode,
                 active_slots=stats.active_slots,
                 united_share=stats.united_share,
-                experts=self._engine.expert_telemetry(),
+                experts=asdict(self._engine.expert_telemetry()),
             )
             client.socket.send(encode(message))
 

@@ -218,9 +218,9 @@ class Metrics:
             self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
             self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
             self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
-            self._metric("resident").set(sum(s.experts.resident_share for s in stats) / len(stats))
+            self._metric("resident").set(sum(s.experts["resident_share"] for s in stats) / len(stats))
             for field in _EXPERT_TOTALS:
-                self._raise_to(field, sum(getattr(s.experts, field) for s in stats))
+                self._raise_to(field, sum(s.experts[field] for s in stats))
             self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
             self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
 

@@ -20,7 +20,6 @@ import psutil
 
 from backend.engine.request import RequestEnded, TokenOutput
 from backend.engine.sampling_params import SamplingParams
-from backend.experts.resident import ExpertTelemetry
 
 RUNTIME_DIR_ENV = "BROWNOUT_RUNTIME_DIR"
 #: Exit status of an engine process whose configuration is unusable: starting it again would not help.
@@ -98,7 +97,8 @@ class Stats(msgspec.Struct, tag=True):
     threshold_decode: float
     active_slots: float
     united_share: float
-    experts: ExpertTelemetry
+    #: ExpertTelemetry by field.
+    experts: dict[str, float]
 
 
 ToEngine = Hello | Bye | Submit | Abort | Served

@@ -1,6 +1,7 @@
 """What reaches Triton's metrics is what happened."""
 
 import statistics
+from dataclasses import asdict
 
 import pytest
 
@@ -58,7 +59,7 @@ def make_stats(**overrides) -> Stats:
         "threshold_decode": 1.0,
         "active_slots": 0.0,
         "united_share": 0.0,
-        "experts": ExpertTelemetry(),
+        "experts": asdict(ExpertTelemetry()),
     }
     return Stats(**{**values, **overrides})
 
@@ -99,7 +100,7 @@ def test_expert_pool_is_reported():
         experts = ExpertTelemetry(
             0.5, misses, 2, 0.25, prefetches=6, prefetch_hits=4, bytes_moved=5000, slot_byte_s=1e9
         )
-        metrics.flush([make_stats(experts=experts), make_stats()])
+        metrics.flush([make_stats(experts=asdict(experts)), make_stats()])
     names = ("resident_expert_ratio", "expert_misses_total", "expert_stalls_total", "expert_prefetch_hits_total")
     assert [pb_utils.metrics[f"moe_{name}",].value for name in names] == [0.75, 10, 2, 4]
     names = ("moved_bytes_total", "stall_seconds_total", "prefetches_total", "slot_byte_seconds_total")

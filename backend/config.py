@@ -64,7 +64,8 @@ class EngineConfig:
     #: File of expert similarities, for rerouting. Default: expert-similarity.safetensors of the checkpoint's folder, if
     #: it is there; `none`: none; a dummy makes one for `seeded`.
     similarity: str = ""
-    #: Calibrated brownout levels; default: brownout-profile.json of the checkpoint's folder, if it is there.
+    #: Calibrated brownout levels and thresholds by layer; default: brownout-profile.json of the checkpoint's folder, if it is
+    #: there; `none`: none.
     profile: str = ""
     #: Time to the first token that requests are for: one that can no longer get it in this time is refused early. Default:
     #: none is.

@@ -155,7 +155,7 @@ class Simulation:
         limits = self._law.limits
         theta_prefill = min(self._theta[0], limits.min_threshold_prefill)
         theta_decode = min(self._theta[1], limits.min_threshold_decode)
-        pace = Pace(self._model, self._load(now), theta_prefill, theta_decode)
+        pace = Pace.of(self._model, self._load(now), theta_prefill, theta_decode)
         refusals = late_requests(pace, started, queue, limit_s)
         for live in self._waiting:
             live.accepted = True

@@ -14,11 +14,13 @@ import yaml
 from backend.config import ENV_PREFIX, EngineConfig
 from backend.serving.launch_options import parse_options
 from backend.serving.triton_server import PRODUCT_ROOT
+from controller.config import ENV_PREFIX as CONTROLLER_PREFIX
 from controller.config import TOKEN_ENV, add_flags, read_config
 
 MONITORING = PRODUCT_ROOT / "docs" / "monitoring"
 SERVICES = yaml.safe_load((PRODUCT_ROOT / "compose.yaml").read_text())["services"]
-DOCKERFILE = (PRODUCT_ROOT / "Dockerfile").read_text()
+DOCKERFILE, MAKEFILE = (PRODUCT_ROOT / "Dockerfile").read_text(), (PRODUCT_ROOT / "Makefile").read_text()
+FREE_PORTS = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
 
 
 def filled(value: str) -> str:
@@ -40,15 +42,30 @@ def targets(path) -> set[tuple[str, int]]:
     return {(name.split(":")[0], int(name.split(":")[1])) for name in names}
 
 
-def test_the_server_starts_as_its_launcher_does(capsys):
-    python, flag, module, *arguments = json.loads(re.search(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.M)[1])
-    assert (python, flag) == ("python3", "-m") and importlib.util.find_spec(module)
-    free = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    assert parse_options([*arguments, *free]).host == "0.0.0.0"
+def server_flags(command: list[str], module: str) -> list[str]:
+    """The flags of a command that runs this module."""
+    assert command[:3] == ["python3", "-m", module]
+    return command[3:]
+
+
+def test_the_image_runs_the_server_with_its_controller_as_make_serve_does(capsys):
+    entrypoint = json.loads(re.search(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.M)[1])
+    (target,) = re.findall(r"^serve:.*\n\texec \$\(PY\) -m (\S+)", MAKEFILE, re.M)
+    options = parse_options([*server_flags(entrypoint, target), *FREE_PORTS])
+    assert options.host == "0.0.0.0"
     with pytest.raises(SystemExit):
         parse_options(["--help"])
     defaults = {int(port) for port in re.findall(r"\(default (\d+)\)", capsys.readouterr().out)}
-    assert defaults == ports("server") == set(map(int, re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.M)[1].split()))
+    assert defaults == ports("server")
+    exposed = set(map(int, re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.M)[1].split()))
+    assert exposed == ports("server") | ports("controller")
+    variable, host = re.search(r"^ENV (\w+)=(\S+)$", DOCKERFILE, re.M).groups()
+    assert (variable, host) == (f"{CONTROLLER_PREFIX}METRICS_HOST", "0.0.0.0")
+
+
+def test_composed_server_has_no_controller_of_its_own():
+    flags = server_flags(SERVICES["server"]["entrypoint"], "backend.serving.launch")
+    assert parse_options([*flags, *FREE_PORTS]).host == "0.0.0.0"
 
 
 def test_the_controller_accepts_its_flags_and_finds_the_server():

@@ -1,6 +1,6 @@
 """The memory-mapped block that carries settings to the engines and telemetry back.
 
-    header | settings (written by the control plane) | telemetry of engine 0, 1, … (each written by its engine)
+    header | settings (written by the control plane) | telemetry, then queue of engine 0, 1, … (each written by its engine)
 
 Every section has one writer. It is guarded by a sequence number, odd while it is being written, and a CRC: a reader gets all
 of it or a BlockError, never a mixture. Times are time.monotonic(), which all processes of a machine share.
@@ -20,7 +20,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from backend.brownout.buckets import NUM_BUCKETS
 
@@ -35,7 +34,7 @@ _MAGIC = b"BRWNOUT1"
 _ATTEMPTS = 50
 _RETRY_S = 20e-6
 
-HEADER = np.dtype([("magic", "S8"), ("size", "<u8"), ("server_pid", "<u8"), ("server_started_s", "<f8")])
+HEADER = np.dtype([("magic", "S8"), ("size", "<u8"), ("server_pid", "<u8"), ("server_start_ticks", "<u8")])
 
 _VALUES = [
     ("threshold_prefill", "<f8"),
@@ -120,6 +119,32 @@ TELEMETRY = np.dtype(
     ]
 )
 
+#: Fields of `backend.engine.admission.QueueState`.
+QUEUE = np.dtype(
+    [
+        ("generation", "<i8"),
+        ("seen_s", "<f8"),
+        ("ready_s", "<f8"),
+        ("tokens", "<i8"),
+        ("waiting", "<i8"),
+        ("max_priority", "<i8"),
+        ("any_auto", "?"),
+        ("allowed_s", "<f8"),
+        ("retry_s", "<f8"),
+        (
+            "pace",
+            [
+                ("chunk", "<i8"),
+                ("one_s", "<f8"),
+                ("token_s", "<f8"),
+                ("full_s", "<f8"),
+                ("free", "<i8"),
+                ("finish_s", "<f8"),
+            ],
+        ),
+    ]
+)
+
 _GUARD = np.dtype([("sequence", "<u8"), ("checksum", "<u8")])
 
 
@@ -170,6 +195,14 @@ class Block:
     def write_telemetry(self, engine: int, record: np.ndarray) -> None:
         """`record`: shape [1] of TELEMETRY."""
         self._write(_telemetry_at(engine), record)
+
+    def read_queue(self, engine: int) -> np.void:
+        """A copy of what an engine says of its queue (QUEUE). Raises BlockError."""
+        return self._read(f"queue of engine {engine}", _queue_at(engine), QUEUE)
+
+    def write_queue(self, engine: int, record: np.ndarray) -> None:
+        """`record`: shape [1] of QUEUE."""
+        self._write(_queue_at(engine), record)
 
     def settings_sequence(self) -> tuple[int, int]:
         """Changes whenever the settings section does: the cheap question, once a step. (Openings of the file, number.)"""
@@ -231,23 +264,38 @@ def _aligned(size: int) -> int:
 _SETTINGS_AT = _aligned(HEADER.itemsize)
 _TELEMETRY_AT = _SETTINGS_AT + _aligned(_GUARD.itemsize + SETTINGS.itemsize)
 _TELEMETRY_SIZE = _aligned(_GUARD.itemsize + TELEMETRY.itemsize)
-_SIZE = _TELEMETRY_AT + MAX_ENGINES * _TELEMETRY_SIZE
+_QUEUE_SIZE = _aligned(_GUARD.itemsize + QUEUE.itemsize)
+_QUEUE_AT = _TELEMETRY_AT + MAX_ENGINES * _TELEMETRY_SIZE
+_SIZE = _QUEUE_AT + MAX_ENGINES * _QUEUE_SIZE
 
 
 def _telemetry_at(engine: int) -> int:
+    return _TELEMETRY_AT + _checked(engine) * _TELEMETRY_SIZE
+
+
+def _queue_at(engine: int) -> int:
+    return _QUEUE_AT + _checked(engine) * _QUEUE_SIZE
+
+
+def _checked(engine: int) -> int:
     if not 0 <= engine < MAX_ENGINES:
         raise ValueError(f"the block has room for engines 0 to {MAX_ENGINES - 1}, not {engine}")
-    return _TELEMETRY_AT + engine * _TELEMETRY_SIZE
+    return engine
 
 
 def _identity(server_pid: int) -> bytes:
-    """The header of this server's block: process numbers are used again, start times with them are not."""
+    """The header of this server's block: process numbers are used again, start times with them are not.
+
+    The start time is the kernel's, in ticks since the machine started: one in time of day would be another one after the
+    clock was set, and each process that opens the block would make it anew.
+    """
     try:
-        started_s = psutil.Process(server_pid).create_time()
-    except psutil.NoSuchProcess:
-        started_s = 0.0
+        after_name = Path(f"/proc/{server_pid}/stat").read_text().rpartition(")")[2]
+        start_ticks = int(after_name.split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        start_ticks = 0
     header = np.zeros(1, HEADER)
-    header[0] = (_MAGIC, _SIZE, server_pid, started_s)
+    header[0] = (_MAGIC, _SIZE, server_pid, start_ticks)
     return header.tobytes()
 
 

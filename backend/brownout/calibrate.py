@@ -10,6 +10,7 @@ quality on. A picture of all points lies beside the profile.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from backend.brownout.evaluate import (
     write_points,
 )
 from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.layer_thresholds import LayerThresholds
 from backend.brownout.points import SYNTAX, describe, parse_points
 from backend.brownout.profile import Level, Profile, write_profile
 from backend.brownout.settings import Available, Settings
@@ -49,6 +51,18 @@ def default_grid(available: Available) -> list[str]:
     points = [f"united:{way}:{_THETAS}" for way in available.ways]
     points += [f"reroute/0:0:{_THETAS.removeprefix('0,')}"] if available.similarity else []
     return [*points, "piggyback:0:0.25,0.5,0.75", "top_k:0:0.25,0.5,0.75"]
+
+
+def read_layers(path: Path, fingerprint: str) -> tuple[int, LayerThresholds]:
+    """Way and table of a file that `backend.brownout.sensitivity` wrote; raises ConfigError for another or a foreign one."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        found, way, table = raw["fingerprint"], int(raw["way"]), LayerThresholds.from_json(raw["layer_thresholds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"thresholds by layer {path}: not a file of backend.brownout.sensitivity ({error})") from None
+    if found != fingerprint:
+        raise ConfigError(f"thresholds by layer {path} were made for another checkpoint (fingerprint {found})")
+    return way, table
 
 
 def losses(point: dict, kind: str) -> tuple[float, dict[str, float]]:
@@ -175,15 +189,22 @@ def main(argv: list[str] | None = None) -> int:
         "--measure", choices=MEASURES, help="what loss is of (default: the first of these that is measured)"
     )
     parser.add_argument("--cost", choices=COSTS, default="time", help="what levels save (default %(default)s)")
+    parser.add_argument("--layers", type=Path, action="append", default=[], metavar="FILE", help="thresholds by layer, written by "
+                        "backend.brownout.sensitivity --json; measured with and put into the profile; may be given again for "
+                        "another way (default: one threshold for all layers)")  # fmt: skip
     parser.add_argument(
         "--rounds", type=int, default=7, help="times that every point's steps are timed (default %(default)s)"
     )
     args = parser.parse_args(argv)
+    args.profile = "none"
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     console = Console()
     try:
+        fingerprint = checkpoint_fingerprint(args.checkpoint)
+        tables = dict(read_layers(path, fingerprint) for path in args.layers)
         llm = open_engine(args)
+        llm.engine.runner.set_layer_thresholds(tables)
         points = parse_points(args.grid or default_grid(llm.engine.available))
         for settings in points:
             llm.engine.available.way_of(settings)
@@ -199,10 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         with Progress(console=console, transient=True) as progress:
             levels, measured = calibrate(llm, points, measures, kind, args.rounds, progress)
         chosen = front(levels, COSTS[args.cost])
-        fingerprint = checkpoint_fingerprint(args.checkpoint)
-        write_profile(
-            args.output, Profile(args.checkpoint.resolve().name, fingerprint, args.batch, kind, tuple(chosen))
-        )
+        name = args.checkpoint.resolve().name
+        write_profile(args.output, Profile(name, fingerprint, args.batch, kind, tuple(chosen), tables))
     except (ConfigError, OSError) as error:
         console.print(f"[red]The checkpoint cannot be calibrated:[/red] {error}")
         return 1

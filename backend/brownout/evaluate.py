@@ -173,6 +173,7 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--similarity", default="", help="expert similarity file (default: that in the checkpoint's folder)"
     )
+    parser.set_defaults(profile="")  # as it is served
     parser.add_argument("--dtype", default="auto", help="type of the weights (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--widen-experts", type=int, default=1, help="repeat the experts' neurons so often (default 1)")
@@ -184,7 +185,7 @@ def open_engine(args: argparse.Namespace) -> LLM:
     """The engine that the arguments ask for, with --batch sequences running at most."""
     return LLM(
         str(args.checkpoint), united=args.united, similarity=args.similarity, device=args.device, dtype=args.dtype,
-        max_running=args.batch, widen_experts=args.widen_experts,
+        max_running=args.batch, widen_experts=args.widen_experts, profile=args.profile,
     )  # fmt: skip
 
 
@@ -231,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(
             name, action="extend", nargs="+", default=[], metavar="POINTS", help=f"points to measure: {SYNTAX}"
         )
+    parser.add_argument("--profile", default="", help="profile with thresholds by layer, none: one threshold for all layers "
+                        "(default: that in the checkpoint's folder)")  # fmt: skip
     args = parser.parse_args(argv)
     console = Console()
     try:

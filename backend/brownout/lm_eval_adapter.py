@@ -3,7 +3,8 @@
 python -m backend.brownout.lm_eval_adapter --model brownout --tasks piqa \\
     --model_args checkpoint=DIR,mechanism=united,way=8,threshold=0.4
 
-The arguments are those of the harness. Everything runs through the serving engine with the given settings.
+The arguments are those of the harness. Everything runs through the serving engine with the given settings. A checkpoint that
+was trained on chats needs --apply_chat_template.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from backend.brownout.measure import Meter, complete, nominal_share
 from backend.brownout.settings import Settings
+from backend.engine.detokenizer import Detokenizer
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
 from backend.engine.scoring import Scorer
@@ -80,6 +82,7 @@ class BrownoutLM(_Base):
             )
         )  # fmt: skip
         self.meter = Meter(self.llm.engine)
+        self._checkpoint, self._templated = checkpoint, False
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-likelihood, and whether greedy decoding would say it."""
@@ -107,7 +110,11 @@ class BrownoutLM(_Base):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, arguments): what the model writes up to the first of `until`, which is left out."""
+        """For each (context, arguments): what the model writes up to the first of `until`, which is left out.
+
+        Like the harness's own models, it keeps a space before the first word: a task that compares answers exactly names the
+        filter `remove_whitespace`.
+        """
         texts = [""] * len(requests)
         kinds: dict[SamplingParams, list[int]] = {}
         for number, request in enumerate(requests):
@@ -115,14 +122,41 @@ class BrownoutLM(_Base):
         for params, numbers in kinds.items():
             room = max(1, self.llm.engine.max_model_len - params.max_tokens)
             prompts = [(self._encode(requests[n].args[0]) or [self._prefix()])[-room:] for n in numbers]
-            for number, ids in zip(numbers, complete(self.llm, prompts, params, self.meter.observe), strict=True):
-                until = dict(requests[number].args[1]).get("until") or []
-                texts[number] = _cut(self.llm.tokenizer.decode(ids), [until] if isinstance(until, str) else until)
+            for number, text in zip(numbers, self._write(prompts, params), strict=True):
+                texts[number] = text
         return texts
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as the checkpoint's template writes them, with its special tokens, for --apply_chat_template.
+
+        Without `add_generation_prompt` the last message is the beginning of the answer.
+        """
+        self._templated = True
+        return self.llm.tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template itself, for the harness's records; there is one for each checkpoint."""
+        return self.llm.tokenizer.chat_template
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._checkpoint.replace("/", "__")
 
     def steps(self) -> dict[str, float | bool | list[float]]:
         """Composition of all steps so far: share of replaced assignments, active slots, tokens per step."""
-        return self.meter.result(nominal_share(self.llm.engine.settings, 1, 0))
+        return self.meter.result(nominal_share(self.llm.engine, 1, 0))
+
+    def _write(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[str]:
+        """Texts made from the prompts, each up to the first stop string."""
+        texts = [""] * len(prompts)
+        detokenizers = [Detokenizer(self.llm.tokenizer, params.stop) for _ in prompts]
+
+        def is_enough(number: int, token: int) -> bool:
+            texts[number] += detokenizers[number].append([token], False)
+            return detokenizers[number].stopped
+
+        complete(self.llm, prompts, params, self.meter.observe, is_enough)
+        return [text + detokenizer.append([], True) for text, detokenizer in zip(texts, detokenizers, strict=True)]
 
     def _score(self, sequences: Sequence[tuple[list[int], int]]):
         self.llm.engine.blocks.clear_cache()
@@ -130,17 +164,19 @@ class BrownoutLM(_Base):
 
     def _params(self, given: dict[str, Any]) -> SamplingParams:
         sampled = bool(given.get("do_sample", float(given.get("temperature") or 0.0) > 0.0))
+        until = given.get("until") or ()
         most = int(given.get("max_gen_toks") or given.get("max_tokens") or self.max_gen_toks)
         return SamplingParams(
             max_tokens=max(1, min(most, self.llm.engine.max_model_len - 1)),
             temperature=float(given.get("temperature") or 1.0) if sampled else 0.0,
             top_p=float(given.get("top_p") or 1.0),
+            stop=tuple(filter(None, [until] if isinstance(until, str) else until)),
             seed=0,
         ).validate()
 
     def _encode(self, text: str, special: bool = True) -> list[int]:
-        """`special`: with the tokens that the checkpoint puts around a text."""
-        return self.llm.tokenizer.encode(text, add_special_tokens=special)
+        """`special`: with the tokens that the checkpoint puts around a text, unless its chat template wrote them already."""
+        return self.llm.tokenizer.encode(text, add_special_tokens=special and not self._templated)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As the harness does: spaces at the context's end belong to the continuation; both are tokenized together."""
@@ -153,16 +189,11 @@ class BrownoutLM(_Base):
 
     def _prefix(self) -> int:
         """The token before a text that has no context: what the checkpoint begins texts with, else its end-of-text token."""
-        begin = self._encode("")
+        begin = self.llm.tokenizer.encode("")
         token = begin[-1] if begin else self.llm.tokenizer.eos_token_id
         if token is None:
             raise ConfigError("the checkpoint names no end-of-text token, which stands before a text without context")
         return token
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the strings."""
-    return text[: min((i for i in map(text.find, filter(None, until)) if i >= 0), default=len(text))]
 
 
 def main() -> int:

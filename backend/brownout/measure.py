@@ -71,11 +71,13 @@ class Meter:
         return found
 
 
-def nominal_share(settings: Settings, prefill_tokens: int, decode_tokens: int) -> float | None:
-    """The share of assignments that the thresholds give up; None where the mechanism has no such meaning."""
-    if settings.mechanism not in ("united", "drop"):
+def nominal_share(engine: Engine, prefill_tokens: int, decode_tokens: int) -> float | None:
+    """The share of assignments that the thresholds in force give up; None where the mechanism has no such meaning."""
+    if engine.settings.mechanism not in ("united", "drop"):
         return None
-    prefill, decode = 1 - settings.threshold_prefill, 1 - settings.threshold_decode
+    model = engine.runner.model
+    table = model.thresholds[[i for i, has_experts in enumerate(model.config.moe_layers) if has_experts]]
+    prefill, decode = (1 - table.double().mean(0)[:2]).tolist()
     return (prefill * prefill_tokens + decode * decode_tokens) / max(1, prefill_tokens + decode_tokens)
 
 
@@ -98,9 +100,16 @@ def apply_by_layer(llm: LLM, settings: Settings, thresholds: Sequence[float]) ->
 
 
 def complete(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, after_step: Callable[[], None]
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    after_step: Callable[[], None],
+    is_enough: Callable[[int, int], bool] = lambda prompt, token: False,
 ) -> list[list[int]]:
-    """Tokens made from each prompt, with as many at once as the engine's max_running allows."""
+    """Tokens made from each prompt, with as many at once as the engine's max_running allows.
+
+    `is_enough` is told of every token made from a prompt, by number, and says whether no more are wanted.
+    """
     engine, made = llm.engine, [[] for _ in prompts]  # type: list[list[int]]
     waiting = 0
     while waiting < len(prompts) or engine.has_work:
@@ -111,6 +120,8 @@ def complete(
             if isinstance(event, RequestEnded):
                 raise RuntimeError(f"prompt {event.request_id}: {event.message}")
             made[event.request_id].append(event.token_id)
+            if is_enough(event.request_id, event.token_id) and event.finish_reason is None:
+                engine.abort(event.request_id)
         after_step()
     return made
 
@@ -148,7 +159,7 @@ def ask(llm: LLM, questions: Sequence[Asked]) -> dict[str, object]:
         said = llm.tokenizer.decode(tokens)
         right[question.form][question.family].append(is_right(question.form, said, question.answer))
     prefill = sum(len(q.prompt) for q in questions)
-    nominal = nominal_share(llm.engine.settings, prefill, sum(len(tokens) - 1 for tokens in made))
+    nominal = nominal_share(llm.engine, prefill, sum(len(tokens) - 1 for tokens in made))
     scores = {form: {family: 100.0 * sum(r) / len(r) for family, r in by.items() if r} for form, by in right.items()}
     return {"accuracy": scores, **meter.result(nominal)}
 
@@ -195,7 +206,7 @@ class Text:
             losses[name] -= float(found.logprobs.sum())
             divergences[name] += float(far)
         tokens = sum(counts.values())
-        nominal = nominal_share(llm.engine.settings, *((0, tokens) if self.decode else (tokens, 0)))
+        nominal = nominal_share(llm.engine, *((0, tokens) if self.decode else (tokens, 0)))
         result: dict[str, object] = {"perplexity": {n: math.exp(losses[n] / counts[n]) for n in counts}}
         if self.divergence is not None:
             result["divergence"] = {n: divergences[n] / counts[n] for n in counts}
@@ -267,7 +278,7 @@ def multiple_choice(
         start = part.stop
         right["summed"] += int(sums[part].argmax()) == question.label
         right["normalised"] += int((sums[part] / torch.tensor(sizes[part])).argmax()) == question.label
-    nominal = nominal_share(llm.engine.settings, 1, 0)
+    nominal = nominal_share(llm.engine, 1, 0)
     return {**{kind: 100.0 * count / len(asked) for kind, count in right.items()}, **meter.result(nominal)}
 
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.layer_thresholds import LayerThresholds
 from backend.brownout.settings import Settings
 from backend.errors import ConfigError
 
@@ -61,6 +63,9 @@ class Profile:
     batch: int
     measure: str
     levels: tuple[Level, ...]
+    #: By way of the united experts: the layers' own thresholds, with which all its levels were measured. Other ways and
+    #: mechanisms have one threshold for all layers.
+    layer_thresholds: dict[int, LayerThresholds] = field(default_factory=dict)
 
 
 def deepest_within(levels: Sequence[Level], max_loss_percent: float) -> Level | None:
@@ -72,6 +77,7 @@ def deepest_within(levels: Sequence[Level], max_loss_percent: float) -> Level | 
 def write_profile(path: Path, profile: Profile) -> None:
     """Write the file, whole or not at all."""
     content = {"format": FORMAT, **asdict(profile), "united_share": [level.united_share for level in profile.levels]}
+    content["layer_thresholds"] = {str(way): table.to_json() for way, table in profile.layer_thresholds.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
@@ -96,7 +102,9 @@ def read_profile(path: Path, fingerprint: str | None = None) -> Profile:
     levels = _value(path, raw, "levels", list)
     if not levels:
         raise ConfigError(f"profile {path} has no levels")
-    profile = Profile(levels=tuple(_level(path, number, level) for number, level in enumerate(levels)), **values)
+    tables = _layer_thresholds(path, _value(path, raw, "layer_thresholds", dict) if "layer_thresholds" in raw else {})
+    levels = tuple(_level(path, number, level) for number, level in enumerate(levels))
+    profile = Profile(levels=levels, layer_thresholds=tables, **values)
     if fingerprint is not None and profile.fingerprint != fingerprint:
         raise ConfigError(
             f"profile {path} was made for another checkpoint (fingerprint {profile.fingerprint}, this one has {fingerprint}); "
@@ -112,6 +120,18 @@ def read_profile(path: Path, fingerprint: str | None = None) -> Profile:
                 "before it"
             )
     return profile
+
+
+def find_profile(checkpoint: str, named: str = "") -> Profile | None:
+    """The profile that serves a checkpoint: the file `named`, else the one in the checkpoint's folder if there is one.
+
+    `named` "none" is none. Raises ConfigError for a file that cannot be read or belongs to another checkpoint.
+    """
+    folder = Path(checkpoint)
+    path = Path(named) if named else folder / PROFILE_NAME
+    if named == "none" or (not named and not path.is_file()):
+        return None
+    return read_profile(path, checkpoint_fingerprint(folder) if folder.is_dir() else None)
 
 
 _PROFILE_FIELDS: dict[str, type] = {"checkpoint": str, "fingerprint": str, "batch": int, "measure": str}
@@ -139,6 +159,16 @@ def _level(path: Path, number: int, raw: object) -> Level:
     except ConfigError as error:
         raise ConfigError(f"profile {path}: levels[{number}]: {error}") from None
     return level
+
+
+def _layer_thresholds(path: Path, raw: dict[str, Any]) -> dict[int, LayerThresholds]:
+    tables = {}
+    for way, table in raw.items():
+        try:
+            tables[int(way)] = LayerThresholds.from_json(table)
+        except ValueError as error:
+            raise ConfigError(f"profile {path}: layer_thresholds[{way!r}]: {error}") from None
+    return tables
 
 
 def _value(path: Path, raw: dict[str, Any], name: str, kind: type, where: str = "") -> Any:

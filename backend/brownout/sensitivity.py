@@ -3,15 +3,16 @@
 python -m backend.brownout.sensitivity CHECKPOINT --way 8 --text DOMAIN=FILE --text-as decode --json FILE
 
 Each MoE layer is dimmed alone, at every threshold of --thetas; its loss is the divergence from the full model's predictions
-over the text. From these losses and slots, taken as adding up over layers, follow the thresholds that lose least with no more
-active slots in all than one threshold for all layers has. Both are then measured, with --questions also by the demo's questions.
+over the text. From these losses and slots, taken as adding up over layers, follows the table of thresholds by layer that loses
+least with as many active slots in all as one threshold for all layers has. Both are then measured, with --questions also by the
+demo's questions. The file of --json is what backend.brownout.calibrate takes with --layers to put the table into a profile.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,13 +31,11 @@ from backend.brownout.evaluate import (
     open_engine,
 )
 from backend.brownout.fingerprint import checkpoint_fingerprint
+from backend.brownout.layer_thresholds import LayerThresholds
 from backend.brownout.measure import Text, apply, apply_by_layer
 from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
 from backend.errors import ConfigError
-
-#: Budgets are counted in this part of a slot.
-_SLOT_PART = 0.01
 
 
 def layer_losses(
@@ -67,28 +66,47 @@ def layer_losses(
     return loss, slots
 
 
-def least_loss(loss: np.ndarray, slots: np.ndarray, budget: float) -> list[int]:
-    """By layer the column with which the sum of `loss` [L, G] is least while that of `slots` [L, G] is within `budget`.
+def best_by_layer(thetas: Sequence[float], loss: np.ndarray, slots: np.ndarray) -> LayerThresholds:
+    """Thresholds by layer that lose little with as many slots in all as each of the ascending `thetas` (0 … 1) in every layer.
 
-    Exact but for rounding slots to hundredths (a knapsack by dynamic programming). Raises ValueError if nothing is within it.
+    From 0 on thresholds are raised, always that of the layer which gains most for a slot. Each layer's `loss` against `slots`, both
+    [L, G], is taken as its lower convex hull, and losses of layers as adding up: of all thresholds with so many slots none then
+    loses less, and no layer's threshold falls while theta rises.
     """
-    costs = np.round(slots / _SLOT_PART).astype(int)
-    room = math.ceil(budget / _SLOT_PART + len(costs) / 2)  # what rounding adds at most
-    best = np.zeros(room + 1)  # least loss of the layers so far within each budget
-    choices = []
-    for layer_loss, layer_costs in zip(loss, costs, strict=True):
-        rows = np.full((len(layer_loss), room + 1), np.inf)
-        for row, value, cost in zip(rows, layer_loss, layer_costs, strict=True):
-            row[cost:] = best[: max(0, room + 1 - cost)] + value
-        choices.append(rows.argmin(0))
-        best = rows.min(0)
-    if not np.isfinite(best[room]):
-        raise ValueError(f"no choice is within {budget} slots")
-    chosen = []
-    for number in range(len(choices) - 1, -1, -1):
-        chosen.append(int(choices[number][room]))
-        room -= costs[number, chosen[-1]]
-    return chosen[::-1]
+    slots = np.maximum.accumulate(slots, axis=1)
+    pieces = []  # (loss per slot, layer, slots from and to)
+    for layer, (costs, losses) in enumerate(zip(slots, loss, strict=True)):
+        corners = _lower_hull(costs, losses)
+        for a, b in itertools.pairwise(corners):
+            slope = (losses[b] - losses[a]) / (costs[b] - costs[a]) if costs[b] > costs[a] else -np.inf
+            pieces.append((slope, layer, costs[a], costs[b]))
+    pieces.sort(key=lambda piece: piece[0])  # stable: the pieces of a layer stay in their order
+    rows = []
+    for room in slots.sum(0) - slots[:, 0].sum():
+        wanted = slots[:, 0].copy()
+        for _, layer, low, high in pieces:
+            wanted[layer] = low + min(room, high - low)
+            room -= wanted[layer] - low
+            if room <= 0:
+                break
+        row = [np.interp(n, costs, thetas) for n, costs in zip(wanted, slots, strict=True)]
+        rows.append(tuple(round(float(theta), 4) for theta in row))
+    rows[0] = (0.0,) * len(loss)
+    rows[-1] = (1.0,) * len(loss)  # whatever the slots say
+    return LayerThresholds(tuple(thetas), tuple(rows))
+
+
+def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """Places of the corners of the lower convex hull of points with x ascending, the first and the last among them."""
+    corners: list[int] = []
+    for place in range(len(x)):
+        while len(corners) >= 2:
+            a, b = corners[-2:]
+            if (y[b] - y[a]) * (x[place] - x[a]) < (y[place] - y[a]) * (x[b] - x[a]):
+                break
+            corners.pop()
+        corners.append(place)
+    return corners
 
 
 def compare(
@@ -96,22 +114,19 @@ def compare(
     measures: Measures,
     way: int,
     thetas: Sequence[float],
-    loss: np.ndarray,
-    slots: np.ndarray,
+    table: LayerThresholds,
     full: dict,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict]:
-    """For each theta between 0 and 1: points, as `measure_point` gives them, of it for all layers and of the best by layer."""
+    """For each theta between 0 and 1: points, as `measure_point` gives them, of it for all layers and of the table's row."""
     pairs = []
-    for number, theta in enumerate(thetas):
+    for theta in thetas:
         if not 0.0 < theta < 1.0:
             continue  # nothing to choose
-        uniform = [theta] * len(loss)
-        best = [thetas[i] for i in least_loss(loss, slots, float(slots[:, number].sum()))]
         pair: dict = {"theta": theta}
-        for name, table in (("uniform", uniform), ("by_layer", best)):
-            found = measure_point(llm, _mean_settings(way, table), measures, full, table)
-            pair[name] = {"thresholds": table, **found}
+        for name, row in (("uniform", [theta] * table.num_layers), ("by_layer", list(table.at(theta)))):
+            found = measure_point(llm, _mean_settings(way, row), measures, full, row)
+            pair[name] = {"thresholds": row, **found}
             advance()
         pairs.append(pair)
     apply(llm, Settings())
@@ -147,6 +162,16 @@ def show(thetas: Sequence[float], loss: np.ndarray, slots: np.ndarray, pairs: Se
     console.print(table)
 
 
+def _thetas(parser: argparse.ArgumentParser, name: str, text: str) -> list[float]:
+    try:
+        found = sorted({float(theta) for theta in text.split(",")})
+    except ValueError:
+        parser.error(f"--{name} must be numbers separated by commas, got {text!r}")
+    if found[0] < 0 or found[-1] > 1:
+        parser.error(f"--{name} must be between 0 and 1, got {text!r}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="backend.brownout.sensitivity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,12 +179,13 @@ def main(argv: list[str] | None = None) -> int:
     add_measure_arguments(parser)
     parser.add_argument("--way", type=int, default=0, help="experts per united expert (default: the most there are)")
     parser.add_argument("--thetas", default="0,0.2,0.4,0.6,0.8,1", help="thresholds of a layer (default %(default)s)")
+    parser.add_argument("--compare", help="thresholds at which the table and one for all layers are measured (default: those "
+                        "of --thetas)")  # fmt: skip
     args = parser.parse_args(argv)
-    try:
-        thetas = sorted({float(theta) for theta in args.thetas.split(",")})
-    except ValueError:
-        parser.error(f"--thetas must be numbers separated by commas, got {args.thetas!r}")
-    args.divergence = True
+    thetas, compared = _thetas(parser, "thetas", args.thetas), _thetas(parser, "compare", args.compare or args.thetas)
+    if thetas[0] != 0 or thetas[-1] != 1:
+        parser.error(f"--thetas must have 0 and 1 among them, got {args.thetas!r}")
+    args.divergence, args.profile = True, "none"
     console = Console()
     try:
         llm = open_engine(args)
@@ -170,11 +196,12 @@ def main(argv: list[str] | None = None) -> int:
         layers = sum(llm.engine.runner.model.config.moe_layers)
         with Progress(console=console, transient=True) as progress:
             full = measure_point(llm, Settings(), measures)
-            dimmed, between = sum(theta < 1 for theta in thetas), sum(0 < theta < 1 for theta in thetas)
+            dimmed, between = sum(theta < 1 for theta in thetas), sum(0 < theta < 1 for theta in compared)
             task = progress.add_task("layers", total=layers * dimmed)
             loss, slots = layer_losses(llm, measures.text, way, thetas, lambda: progress.advance(task))
             task_2 = progress.add_task("comparison", total=2 * between)
-            pairs = compare(llm, measures, way, thetas, loss, slots, full, lambda: progress.advance(task_2))
+            table = best_by_layer(thetas, loss, slots)
+            pairs = compare(llm, measures, way, compared, table, full, lambda: progress.advance(task_2))
         fingerprint = checkpoint_fingerprint(args.checkpoint)
     except (ConfigError, OSError) as error:
         console.print(f"[red]The checkpoint cannot be measured:[/red] {error}")
@@ -183,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         content = {"checkpoint": args.checkpoint.resolve().name, "fingerprint": fingerprint, "batch": args.batch,
                    "way": way, "thetas": thetas, "divergence": loss.tolist(), "active_slots": slots.tolist(),
-                   "full": full, "comparison": pairs}  # fmt: skip
+                   "layer_thresholds": table.to_json(), "full": full, "comparison": pairs}  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=2) + "\n")
         console.print(f"Wrote {args.json}.")

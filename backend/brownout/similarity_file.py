@@ -44,7 +44,10 @@ def read_similarity(path: Path, fingerprint: str | None = None) -> dict[int, Ten
             layers = {int(name.split(".")[1]): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         found, version = header["fingerprint"], header["format"]
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"expert similarity file {path} is truncated or not safetensors: {error}") from None
+        raise ConfigError(
+            f"expert similarity file {path} is truncated or not safetensors: {error}; write it again "
+            f"(python -m backend.brownout.build)"
+        ) from None
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"{path} is not an expert similarity file: {error!r}") from None
     if version != FORMAT:

@@ -83,7 +83,10 @@ def read_united(path: Path, fingerprint: str | None = None) -> UnitedExperts:
             if name.endswith(".groups")
         }
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"united experts file {path} is truncated or not safetensors: {error}") from None
+        raise ConfigError(
+            f"united experts file {path} is truncated or not safetensors: {error}; build it again "
+            f"(python -m backend.brownout.build)"
+        ) from None
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"{path} is not a united experts file: {error!r}") from None
     if fingerprint is not None and found != fingerprint:

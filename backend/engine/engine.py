@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,58 +21,21 @@ from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
 from backend.brownout.step_model import StepModel
 from backend.config import EngineConfig
+from backend.engine.admission import too_late
 from backend.engine.block_manager import BlockManager
-from backend.engine.lazy_heap import LazyHeap
 from backend.engine.model_runner import ModelRunner, resolve_async_scheduling
 from backend.engine.penalties import SampleRow
 from backend.engine.prompt import check_prompt
 from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
+from backend.engine.request_book import RequestBook
 from backend.engine.sampler import Sampled, Sampling
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.engine.shedding import Pace, Waiting, late_requests
-from backend.errors import InvalidRequestError, UnavailableError
+from backend.engine.stats import EngineCounters, EngineStats
 from backend.experts.resident import ExpertTelemetry
 from backend.kernels.transfer import HostCopy
 
 Event = TokenOutput | RequestEnded
-
-#: Window over which the rate of finished requests is measured, for retry hints.
-_RATE_WINDOW = 64
-_OUTPUT_SMOOTHING = 0.05
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the start and gauges of now."""
-
-    num_steps: int
-    num_preemptions: int
-    prefix_hit_tokens: int
-    requests_running: int
-    requests_waiting: int
-    kv_usage_ratio: float
-    settings_version: int
-    #: Of the last step, per MoE layer and per token.
-    active_slots: float
-    assignments_per_token: float
-    active_slots_by_layer: list[int]
-    #: Share of the last step's assignments that united experts (or whatever replaces experts) served.
-    united_share: float
-
-
-@dataclass
-class EngineCounters:
-    """Totals since the start, and what the last step computed; plain numbers, cheap to read after every step."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    sequences_finished: int = 0
-    requests_shed: int = 0
-    #: Of sequences that ended by themselves, smoothed over the last some 20; 0 before the first.
-    mean_output_tokens: float = 0.0
-    #: Tokens of the last call of `step`; both 0 if it had nothing to compute.
-    step_prefill_tokens: int = 0
-    step_decode_tokens: int = 0
 
 
 @dataclass
@@ -108,13 +71,8 @@ class Engine:
         self._united_share = 0.0
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_batch_tokens, config.max_running)
-        self._requests: dict[object, Request] = {}
         self.counters = EngineCounters()
-        self._not_started: dict[object, Request] = {}
-        #: Prompt tokens of the requests that have not started.
-        self._queued_tokens = 0
-        self._deadlines = LazyHeap()
-        self._finish_times: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._requests = RequestBook(config.max_waiting)
         self._num_steps = 0
         #: Whether a step is launched before the tokens of the one before it are known.
         self.overlap = resolve_async_scheduling(config, self.runner.device)
@@ -136,28 +94,19 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether `add` would take one more request."""
-        return len(self._not_started) < self.config.max_waiting
+        return self._requests.has_room
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequestError unless this engine can serve the request."""
         check_prompt(request.prompt_ids, self.max_model_len, self.vocab_size)
-        if request.request_id in self._requests:
-            raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
+        self._requests.check_new(request)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError, or UnavailableError when max_waiting requests already wait."""
         self.check(request)
-        if not self.has_room:
-            raise UnavailableError(
-                f"the queue is full: {self.config.max_waiting} requests wait (max_waiting){self._retry_hint()}"
-            )
-        self._requests[request.request_id] = request
-        self._not_started[request.request_id] = request
-        self._queued_tokens += len(request.prompt_ids)
+        self._requests.add(request)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(request.prompt_ids)
-        if request.deadline is not None:
-            self._deadlines.push((request.deadline, request.number), request)
         self.scheduler.add(request.sequences[0])
 
     def abort(self, request_id: object, index: int | None = None) -> None:
@@ -167,7 +116,7 @@ class Engine:
             return
         for sequence in request.sequences if index is None else request.sequences[index : index + 1]:
             self._remove(sequence, "abort")
-        self._forget_if_finished(request)
+        self._end_if_finished(request)
 
     def set_settings(self, settings: Settings) -> None:
         """Change the brownout settings; they act in the next step.
@@ -184,20 +133,33 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """What is before the engine now."""
-        oldest = next(iter(self._not_started.values()), None)
-        waiting_tokens = self._queued_tokens
+        waiting_tokens = self._requests.waiting_tokens
         for sequence in self.scheduler.running:
             waiting_tokens += max(0, sequence.num_prompt - sequence.num_computed)
         return EngineLoad(
             running=len(self.scheduler.running),
-            waiting=len(self._not_started),
+            waiting=len(self._requests.waiting),
             waiting_tokens=waiting_tokens,
-            oldest_waiting_s=0.0 if oldest is None else max(0.0, time.monotonic() - oldest.arrival),
+            oldest_waiting_s=self._requests.oldest_waiting_s,
             kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.scheduler.max_running,
             mean_output_tokens=self.counters.mean_output_tokens,
         )
+
+    def not_started(self) -> Collection[Request]:
+        """The requests that wait for their first token's step."""
+        return self._requests.waiting.values()
+
+    def count_refused(self, prompt_tokens: Collection[int]) -> None:
+        """Count requests with so many prompt tokens each that were refused early before they came here."""
+        self.counters.requests += len(prompt_tokens)
+        self.counters.prompt_tokens += sum(prompt_tokens)
+        self.counters.requests_shed += len(prompt_tokens)
+
+    def retry_s(self) -> float | None:
+        """Seconds until the present queue has gone, from the rate at which requests ended lately, if any did."""
+        return self._requests.retry_s()
 
     def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
         """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.
@@ -205,37 +167,21 @@ class Engine:
         They are judged at the present thresholds or, if it is lower, at `floor`: what dimming may still save is not refused.
         Which ones, and what `margin` is: `shedding.late_requests`.
         """
-        if all(request.accepted for request in self._not_started.values()):
+        if all(request.accepted for request in self._requests.waiting.values()):
             return []
-        now, load = time.monotonic(), self.load()
-        settings = self.settings
-        pace = Pace(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
-        queue = sorted(self._not_started.values(), key=lambda request: (request.sort_key, request.number))
-        waiting = [
-            Waiting(
-                request.request_id,
-                now - request.arrival,
-                len(request.prompt_ids),
-                request.params.brownout == "never",
-                request.params.priority,
-                request.accepted,
-            )
-            for request in queue
-        ]
-        started = load.waiting_tokens - sum(request.tokens for request in waiting)
-        refusals = late_requests(pace, started, waiting, limit_s, margin)
+        now, load, settings = time.monotonic(), self.load(), self.settings
+        pace = Pace.of(model, load, min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor))
+        queue = sorted(self._requests.waiting.values(), key=lambda request: (request.sort_key, request.number))
+        started_tokens = load.waiting_tokens - self._requests.waiting_tokens
+        refusals = late_requests(pace, started_tokens, [Waiting.of(request, now) for request in queue], limit_s, margin)
         for request in queue:
             request.accepted = True
-        events: list[Event] = []
         for refusal in refusals:
             self.abort(refusal.request_id)
             self.counters.requests_shed += 1
-            message = (
-                f"the server is overloaded: the first token would come after about {refusal.expected_s:.2g} s, too late for "
-                f"{limit_s:g} s (shed_ttft_s); retry in about {max(1, round(refusal.expected_s))} s"
-            )
-            events.append(RequestEnded(refusal.request_id, "rejected", message))
-        return events
+        return [
+            RequestEnded(refusal.request_id, "rejected", too_late(refusal.expected_s, limit_s)) for refusal in refusals
+        ]
 
     def step(self) -> list[Event]:
         """Compute one batch and return what happened. Without work that can run, returns only expired requests."""
@@ -299,8 +245,8 @@ class Engine:
             num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
             prefix_hit_tokens=self.blocks.num_hit_tokens,
-            requests_running=len(self._requests) - len(self._not_started),
-            requests_waiting=len(self._not_started),
+            requests_running=len(self._requests) - len(self._requests.waiting),
+            requests_waiting=len(self._requests.waiting),
             kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
             settings_version=self.settings.version,
             active_slots=sum(active_slots) / max(1, len(active_slots)),
@@ -330,7 +276,7 @@ class Engine:
         ready = self.scheduler.computed(schedule, pristine)
         for sequence in [s for s in schedule.sequences if not s.request.siblings_started]:
             request = sequence.request
-            self._leave_queue(request)
+            self._requests.started(request)
             if sequence.prompt_computed:
                 request.siblings_started = True
                 for sibling in request.sequences[1:]:
@@ -381,18 +327,12 @@ class Engine:
         elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_model_len:
             reason = FINISH_LENGTH
         if reason is not None:
-            self._count_finished(sequence.num_output)
+            self.counters.finished(sequence.num_output)
             self._remove(sequence, reason)
-            self._forget_if_finished(request)
+            self._end_if_finished(request)
         return TokenOutput(
             request.request_id, sequence.index, token, reason, sampled.logprob, sampled.rank, sampled.top, united_share
         )
-
-    def _count_finished(self, num_output: int) -> None:
-        counters = self.counters
-        counters.sequences_finished += 1
-        mean = counters.mean_output_tokens or num_output
-        counters.mean_output_tokens = mean + _OUTPUT_SMOOTHING * (num_output - mean)
 
     def _remove(self, sequence: Sequence, reason: str) -> None:
         """Finish a sequence, also one that has not reached the scheduler yet."""
@@ -401,35 +341,18 @@ class Engine:
         elif not sequence.finished:
             sequence.finish_reason = reason
 
-    def _forget_if_finished(self, request: Request) -> None:
-        if request.finished and self._requests.pop(request.request_id, None) is not None:
-            self._leave_queue(request)
-            self._finish_times.append(time.monotonic())
-            if request.deadline is not None:
-                self._deadlines.ended()
-
-    def _leave_queue(self, request: Request) -> None:
-        if self._not_started.pop(request.request_id, None) is not None:
-            self._queued_tokens -= len(request.prompt_ids)
+    def _end_if_finished(self, request: Request) -> None:
+        if request.finished:
+            self._requests.ended(request)
 
     def _expire(self) -> list[Event]:
         """End requests whose timeout has passed."""
         events: list[Event] = []
-        now = time.monotonic()
-        while (first := self._deadlines.first()) is not None and first[0][0] <= now:
-            request: Request = first[1]
+        for request in self._requests.expired():
             self.abort(request.request_id)
             message = f"the request timed out after {request.params.timeout_s:g} s (timeout_s)"
             events.append(RequestEnded(request.request_id, "timeout", message))
         return events
-
-    def _retry_hint(self) -> str:
-        """Seconds until the present queue has gone, from the rate at which requests finished lately."""
-        if len(self._finish_times) < 2:
-            return ""
-        span = time.monotonic() - self._finish_times[0]
-        seconds = len(self._not_started) * span / len(self._finish_times)
-        return f"; retry in about {max(1, round(seconds))} s"
 
 
 def _reads_output(params) -> bool:

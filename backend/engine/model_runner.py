@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
+from backend.brownout.layer_thresholds import LayerThresholds
+from backend.brownout.profile import find_profile
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.engine.batch import build_batch
@@ -82,7 +84,10 @@ class ModelRunner:
             dtype=self.model.dtype,
             device=self.device,
         )
+        self._layer_thresholds: dict[int, LayerThresholds] = {}
         self.apply(Settings())
+        profile = find_profile(config.checkpoint, config.profile)
+        self.set_layer_thresholds(profile.layer_thresholds if profile is not None else {})
         #: Decode steps as CUDA graphs; None: every step is launched kernel by kernel.
         self.graphs = self.make_graphs(config, cuda_graphs()) if use_graphs else None
         if self.device.type != "cpu":
@@ -148,9 +153,9 @@ class ModelRunner:
         pool = self.model.pool
         if pool is not None and not settings.dims and not settings.way:
             way = min(self.model.ways, default=0)  # only missing experts are replaced: by the most exact ones
+        table = self._thresholds_table(settings, way)
         if isinstance(pool, ResidentPool):
             pool.use_share(settings.resident_share)
-        table = [settings.by_class()] * self.model.config.num_layers
         self.model.set_thresholds(table)
         #: For each token class whether experts may be replaced in some layer.
         self.browned_classes = tuple(min(column) < 1.0 for column in zip(*table, strict=True))
@@ -161,6 +166,31 @@ class ModelRunner:
         # With every threshold at 1 all mechanisms do nothing; this one does it most cheaply.
         mechanism = settings.mechanism if settings.dims else "united"
         self.model.set_replacement(mechanism, settings.ranking, way, settings.similarity_min)
+
+    def set_layer_thresholds(self, tables: Mapping[int, LayerThresholds]) -> None:
+        """Thresholds by layer, by way of the united experts that they are for, from the next `apply` on.
+
+        Raises ConfigError for a table of another number of MoE layers.
+        """
+        layers = sum(self.model.config.moe_layers)
+        for way, table in tables.items():
+            if table.num_layers != layers:
+                raise ConfigError(
+                    f"thresholds by layer for way {way} are for {table.num_layers} MoE layers, the model has {layers}"
+                )
+        self._layer_thresholds = dict(tables)
+
+    def _thresholds_table(self, settings: Settings, way: int) -> list[tuple[float, ...]]:
+        """Threshold of each layer and token class."""
+        by_class = settings.by_class()
+        table: list[tuple[float, ...]] = [by_class] * self.model.config.num_layers
+        own = self._layer_thresholds.get(way) if settings.mechanism == "united" else None
+        if own is not None:
+            moe_layers = (i for i, has_experts in enumerate(self.model.config.moe_layers) if has_experts)
+            columns = [own.at(theta) for theta in by_class]
+            for layer, *row in zip(moe_layers, *columns, strict=True):
+                table[layer] = tuple(row)
+        return table
 
     @torch.inference_mode()
     def run(self, schedule: Schedule, previous: torch.Tensor | None = None) -> torch.Tensor:

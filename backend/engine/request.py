@@ -108,7 +108,8 @@ class Request:
         self.sequences = [Sequence(self, index) for index in range(params.n)]
         #: Sequences 1 … n-1 start when the first has computed the prompt: they find it in the prefix cache.
         self.siblings_started = False
-        #: Early refusal has let it pass; see `backend.engine.shedding`.
+        #: Early refusal has let it pass: in the stub, in the engine. See `backend.engine.shedding`.
+        self.judged = False
         self.accepted = False
 
     @property

@@ -57,6 +57,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_free(self) -> int:
+        """Sequences that could run besides those that do."""
+        return self.max_running - len(self.running)
+
     def add(self, sequence: Sequence) -> None:
         self._waiting.push(sequence.sort_key, sequence)
 

@@ -1,7 +1,8 @@
 """Early refusal: which of the requests that have just come cannot get their first token in time, and who gives way to whom.
 
-A refusal is worth something only at once, while its client can still go elsewhere. So a request is judged when it comes; one
-that was accepted is served, late if need be, unless a more important one takes its place.
+A refusal is worth something only at once, while its client can still go elsewhere. So a request is judged when it comes, by
+the stub (`admission`) and, where that cannot tell, by the engine before its next step; one that was accepted is served, late if
+need be, unless a more important one takes its place.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import StepModel
+from backend.engine.request import Request
 
 
 @dataclass(frozen=True)
 class Waiting:
     """A request without a token yet. `never` (full quality wanted) and a lower `priority` number make it more important.
 
-    `accepted`: it was judged before.
+    `judged`: its stub let it pass, going by the queue as it was when the request came. `accepted`: so did the engine.
     """
 
     request_id: object
@@ -27,6 +30,21 @@ class Waiting:
     never: bool = False
     priority: int = 0
     accepted: bool = False
+    judged: bool = False
+
+    @classmethod
+    def of(cls, request: Request, now: float) -> Waiting:
+        """`now` is time.monotonic()."""
+        params = request.params
+        return cls(
+            request.request_id,
+            now - request.arrival,
+            len(request.prompt_ids),
+            params.brownout == "never",
+            params.priority,
+            request.accepted,
+            request.judged,
+        )
 
 
 @dataclass(frozen=True)
@@ -37,26 +55,34 @@ class Refusal:
     expected_s: float
 
 
-class Pace:
+class Pace(NamedTuple):
     """How fast the engine goes through its queue at the present thresholds; see `queue_model.first_token_s`."""
 
-    def __init__(self, model: StepModel, load: EngineLoad, theta_prefill: float, theta_decode: float) -> None:
+    #: Prefill tokens of a full step; seconds of steps with one of them, with each more, and with all.
+    chunk: int
+    one_s: float
+    token_s: float
+    full_s: float
+    #: Sequences that could run besides those that do.
+    free: int
+    #: Between two sequences that finish.
+    finish_s: float
+
+    @classmethod
+    def of(cls, model: StepModel, load: EngineLoad, theta_prefill: float, theta_decode: float) -> Pace:
         decodes = min(load.running, load.max_batch_tokens - 1)
-        self._chunk = load.max_batch_tokens - decodes
+        chunk = load.max_batch_tokens - decodes
         per_request = load.waiting_tokens / max(load.waiting, 1)
-        beside = min(self._chunk, per_request * decodes / max(load.mean_output_tokens, 1))
-        one, full, typical = map(float, model.predict_s([1, self._chunk, beside], decodes, theta_prefill, theta_decode))
-        self._one_s, self._full_s = one, full
-        self._token_s = (full - one) / max(self._chunk - 1, 1)
-        self._free = load.slots - load.running
-        #: Between two sequences that finish.
-        self._finish_s = typical * load.mean_output_tokens / decodes if decodes else 0.0
+        beside = min(chunk, per_request * decodes / max(load.mean_output_tokens, 1))
+        one, full, typical = map(float, model.predict_s([1, chunk, beside], decodes, theta_prefill, theta_decode))
+        finish_s = typical * load.mean_output_tokens / decodes if decodes else 0.0
+        return cls(chunk, one, (full - one) / max(chunk - 1, 1), full, load.slots - load.running, finish_s)
 
     def first_token_s(self, tokens: int, ahead: int) -> float:
         """From now, for a request with so many tokens up to and with its own, and so many requests before it."""
-        chunks, rest = divmod(tokens, self._chunk)
-        prefill_s = chunks * self._full_s + (self._one_s + (rest - 1) * self._token_s if rest else 0.0)
-        return max(prefill_s, (ahead + 1 - self._free) * self._finish_s)
+        chunks, rest = divmod(tokens, self.chunk)
+        prefill_s = chunks * self.full_s + (self.one_s + (rest - 1) * self.token_s if rest else 0.0)
+        return max(prefill_s, (ahead + 1 - self.free) * self.finish_s)
 
 
 def late_requests(
@@ -66,9 +92,9 @@ def late_requests(
 
     After Moore and Hodgson: walk along the queue, and where one would be late give up the least important so far, `auto`
     before `never`, then the highest priority number, then those not accepted before, then the last in the queue. What is new
-    counts as late beyond (1 - margin) of the limit; what was accepted, beyond the limit or beyond when it would be served
-    without the new ones, so that it never goes for being late alone. `started_tokens` are still to be computed for requests
-    that are no longer waiting.
+    counts as late beyond (1 - margin) of the limit; what its stub has judged, beyond the limit, so that it goes only if things
+    have turned out worse; what was accepted, beyond the limit or beyond when it would be served without the new ones, so that
+    it never goes for being late alone. `started_tokens` are still to be computed for requests that are no longer waiting.
     """
     if all(request.accepted for request in waiting):
         return []
@@ -82,7 +108,7 @@ def late_requests(
             allowed_s = max(limit_s, request.age_s + pace.first_token_s(old_tokens, old_ahead))
             old_ahead += 1
         else:
-            allowed_s = limit_s * (1 - margin)
+            allowed_s = limit_s if request.judged else limit_s * (1 - margin)
             alone_s = request.age_s + pace.first_token_s(started_tokens + request.tokens, 0)
             if alone_s > allowed_s:
                 refusals.append(Refusal(request.request_id, alone_s))

@@ -84,7 +84,9 @@ def _load_file(path: Path, targets: dict[str, Tensor], seen: set[str], absent: d
                     target.copy_(file.get_tensor(name))
                 seen.add(name)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"checkpoint file {path} is truncated or not safetensors: {error}") from None
+        raise ConfigError(
+            f"checkpoint file {path} is truncated or not safetensors: {error}; copy or download it again"
+        ) from None
 
 
 def _and_more(names: Iterable[str]) -> str:

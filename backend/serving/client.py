@@ -12,8 +12,11 @@ from pathlib import Path
 
 import zmq
 
+from backend.brownout.block import Block, BlockError, block_path
 from backend.config import EngineConfig
+from backend.engine.admission import Gate, QueueState, TooLate
 from backend.engine.sampling_params import SamplingParams
+from backend.engine.shedding import Pace
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.protocol import (
     Abort,
@@ -50,12 +53,15 @@ class _Link:
     inbox: zmq.Socket
     outbox: zmq.Socket
     watch: ProcessWatch
+    gate: Gate
     info: EngineInfo | None = None
     stats: Stats | None = None
     active: set[int] = field(default_factory=set)
     #: Latencies not yet told to the engine.
     ttft_s: list[float] = field(default_factory=list)
     gaps: list[tuple[float, int]] = field(default_factory=list)
+    #: Prompt tokens of requests that were refused early, likewise.
+    refused: list[int] = field(default_factory=list)
 
 
 class EngineClient:
@@ -77,6 +83,7 @@ class EngineClient:
         self._name = f"{name}-{os.getpid()}"
         self._config = config
         self._runtime_dir = runtime_dir
+        self._block = Block(block_path(runtime_dir), server_pid)
         self._on_outputs = on_outputs
         self._on_lost = on_lost
         self._context = zmq.Context()
@@ -118,15 +125,40 @@ class EngineClient:
             return [link.stats for link in self._links.values() if link.stats is not None]
 
     def submit(self, request_id: int, prompt_ids: list[int], params: SamplingParams, arrival: float) -> None:
-        """Send a request to the least loaded engine. Raises UnavailableError when none is there."""
+        """Send a request to the least loaded engine that has room for it.
+
+        Raises UnavailableError when none is there, or when it is certain that none could serve it in time.
+        """
         with self._lock:
-            links = [link for link in self._links.values() if link.info is not None]
+            links = [(index, link) for index, link in self._links.items() if link.info is not None]
             if not links:
                 raise UnavailableError(f"{self._reason}; retry in about 2 s")
-            link = min(links, key=lambda link: len(link.active))
-            link.active.add(request_id)
-            self._link_of[request_id] = link
-            link.outbox.send(encode(Submit(self._name, request_id, prompt_ids, params, arrival)))
+            links.sort(key=lambda entry: len(entry[1].active))
+            refusal: UnavailableError | None = None
+            for index, link in links:
+                try:
+                    judged = self._admit(index, link, len(prompt_ids), params, arrival)
+                except UnavailableError as error:
+                    refusal = refusal or error
+                    continue
+                link.active.add(request_id)
+                self._link_of[request_id] = link
+                link.outbox.send(encode(Submit(self._name, request_id, prompt_ids, params, arrival, judged)))
+                return
+            if isinstance(refusal, TooLate):
+                links[0][1].refused.append(len(prompt_ids))
+            raise refusal
+
+    def _admit(self, index: int, link: _Link, num_tokens: int, params: SamplingParams, arrival: float) -> bool:
+        """See Gate.admit. An engine that has not said how its queue stands decides itself."""
+        try:
+            *state, pace = self._block.read_queue(index).item()
+        except (BlockError, OSError):
+            return False
+        state = QueueState(*state, Pace(*pace))
+        if state.generation != link.generation:
+            return False
+        return link.gate.admit(state, num_tokens, params, arrival, time.monotonic())
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """End a request, or one of its sequences, in the engine."""
@@ -169,6 +201,7 @@ class EngineClient:
                 link.outbox.close(linger=500)
                 link.inbox.close(linger=0)
             self._links.clear()
+            self._block.close()
         self._context.term()
 
     def _check_same_config(self, index: int) -> None:
@@ -201,9 +234,9 @@ class EngineClient:
     def _report_latencies(self) -> None:
         with self._lock:
             for link in self._links.values():
-                if link.ttft_s or link.gaps:
-                    link.outbox.send(encode(Served(link.ttft_s, link.gaps)))
-                    link.ttft_s, link.gaps = [], []
+                if link.ttft_s or link.gaps or link.refused:
+                    link.outbox.send(encode(Served(link.ttft_s, link.gaps, link.refused)))
+                    link.ttft_s, link.gaps, link.refused = [], [], []
 
     def _watch(self, index: int, poller: zmq.Poller) -> None:
         """Connect to a new generation of an engine, drop a dead one."""
@@ -247,7 +280,8 @@ class EngineClient:
             outbox.send(encode(Hello(self._name, address, os.getpid())))
             poller.register(inbox, zmq.POLLIN)
             with self._lock:
-                self._links[index] = _Link(record.generation, inbox, outbox, watch)
+                gate = Gate(self._config.max_waiting, self._config.shed_ttft_s)
+                self._links[index] = _Link(record.generation, inbox, outbox, watch, gate)
 
     def _receive(self, socket: zmq.Socket) -> None:
         message = decode_to_stub(socket.recv())

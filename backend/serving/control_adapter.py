@@ -15,20 +15,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from backend.brownout.block import MAX_ENGINES, Block, BlockEmpty, BlockError, block_path
 from backend.brownout.buckets import FIRST_S, NUM_BUCKETS, RATIO
 from backend.brownout.control import Lease
-from backend.brownout.fingerprint import checkpoint_fingerprint
-from backend.brownout.profile import PROFILE_NAME, Level, read_profile
+from backend.brownout.profile import Level, find_profile
 from backend.brownout.settings import MECHANISMS, Available, Settings
 from backend.config import EngineConfig
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.model_parameters import engine_parameters, own_parameters
 from backend.serving.protocol import runtime_dir
+from backend.serving.triton_parameters import client_parameters
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +39,6 @@ DEFAULT_OWNER = "operator"
 DEFAULT_LEASE_S = 10.0
 MAX_LEASE_S = 86400.0
 MAX_OWNER_BYTES = 128
-#: Parameters that Triton's clients and protocols send on their own.
-_RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output")
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def parse_change(parameters: Mapping[str, object], levels: Sequence[Level], toke
 
     Raises InvalidRequestError, naming the parameter, and what is allowed.
     """
-    given = {key: value for key, value in parameters.items() if key not in _RESERVED and not key.startswith("triton_")}
+    given = client_parameters(parameters, KEYS)
     for key in given:
         if key not in KEYS:
             raise InvalidRequestError(f"unknown parameter {_show(key)}: known are {', '.join(KEYS)}")
@@ -289,11 +286,8 @@ def baseline_settings(parameters: Mapping[str, str], levels: Sequence[Level]) ->
 
 def profile_levels(config: EngineConfig) -> tuple[Level, ...]:
     """The levels of the engines' profile: the parameter's file, else the checkpoint's own if it has one."""
-    folder = Path(config.checkpoint)
-    path = Path(config.profile) if config.profile else folder / PROFILE_NAME
-    if not config.profile and not path.is_file():
-        return ()
-    return read_profile(path, checkpoint_fingerprint(folder) if folder.is_dir() else None).levels
+    profile = find_profile(config.checkpoint, config.profile)
+    return profile.levels if profile is not None else ()
 
 
 class BrownoutModel:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable
 
 import numpy as np
 
-from backend.brownout.block import MAX_ENGINES, MAX_LAYERS, MAX_STEPS, TELEMETRY, Block
+from backend.brownout.block import MAX_ENGINES, MAX_LAYERS, MAX_STEPS, QUEUE, TELEMETRY, Block
 from backend.brownout.buckets import bucket_of
 from backend.brownout.control import SettingsReader
 from backend.brownout.step_model import StepModel, StepSample
+from backend.engine.admission import QueueState
 from backend.engine.engine import Engine, Event
+from backend.engine.shedding import Pace
 from backend.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,8 @@ _SHED_PERIOD_S = 0.01
 _MARGIN = (0.15, 0.5)
 _MARGIN_GAIN = 0.02
 _LATE_SHARE = 0.02
+#: Priority of an empty queue: whoever comes is the last in it.
+_LEAST = -(2**62)
 
 
 class EngineControl:
@@ -54,6 +59,8 @@ class EngineControl:
         self._margin = _MARGIN[0]
         self._model = StepModel()
         self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
+        #: Of an engine that refuses nothing early.
+        self._state = QueueState(generation, 0.0, 0.0, 0, 0, 0, False, math.inf, math.nan, Pace(1, 0, 0, 0, 1, 0))
 
     def follow_settings(self) -> None:
         """Apply what has changed in the block; the new settings act in the next step."""
@@ -101,6 +108,33 @@ class EngineControl:
             return []
         self._next_shed_s = now + _SHED_PERIOD_S
         return self._engine.shed(self._model, limit_s, self._settings.floor, self._margin)
+
+    def announce(self, seen_s: float) -> None:
+        """Tell the stubs how the queue stands: before a step, and when there is nothing left to do.
+
+        `seen_s` is the arrival of the latest request that has come.
+        """
+        engine, model, limit_s = self._engine, self._model, self._engine.config.shed_ttft_s
+        requests = engine.not_started()
+        state = self._state._replace(seen_s=seen_s, waiting=len(requests), retry_s=engine.retry_s() or math.nan)
+        if limit_s is None or not model.ready:
+            state = state._replace(pace=state.pace._replace(free=engine.scheduler.num_free))
+        else:
+            load, settings, now = engine.load(), engine.settings, time.monotonic()
+            thetas = settings.threshold_prefill, settings.threshold_decode
+            pace = Pace.of(model, load, *(min(theta, self._settings.floor) for theta in thetas))
+            queued = sum(len(request.prompt_ids) for request in requests)
+            prefill = min(pace.chunk, load.waiting_tokens if pace.free > 0 else load.waiting_tokens - queued)
+            step_s = float(model.predict_s(prefill, load.running, *thetas)) if engine.has_work else 0.0
+            state = state._replace(
+                ready_s=now + step_s,
+                tokens=load.waiting_tokens - prefill,
+                max_priority=max((request.params.priority for request in requests), default=_LEAST),
+                any_auto=any(request.params.brownout != "never" for request in requests),
+                allowed_s=limit_s * (1 - self._margin),
+                pace=pace,
+            )
+        self._block.write_queue(self._index, np.array([state], QUEUE))
 
     def served(self, ttft_s: Iterable[float], gaps: Iterable[tuple[float, int]]) -> None:
         """Latencies of responses handed to Triton: first ones, and gaps with the tokens that came with each."""

@@ -85,6 +85,8 @@ class EngineServer:
         self._drain_deadline: float | None = None
         self._last_client_s = time.monotonic()
         self._next_housekeeping_s = 0.0
+        #: Arrival of the latest request that has come.
+        self._seen_s = 0.0
 
     def drain(self) -> None:
         """Refuse new requests, let the present ones run for drain_timeout_s, then abort them and end."""
@@ -98,10 +100,13 @@ class EngineServer:
             self._control.follow_settings()
             if refused := self._control.shed():
                 self._hand_out(refused)
+            self._control.announce(self._seen_s)
             if self._engine.has_work:
                 started = time.perf_counter()
                 self._hand_out(self._engine.step())
                 self._control.stepped(time.perf_counter() - started)
+                if not self._engine.has_work:
+                    self._control.announce(self._seen_s)
             self._control.publish()
         self._end_all("the engine is shutting down")
         for client in self._clients.values():
@@ -152,8 +157,9 @@ class EngineServer:
                         self._forget(self._clients[name], request_id)
                 case Hello():
                     self._connect(message)
-                case Served(ttft_s=ttft_s, gaps=gaps):
-                    self._control.served(ttft_s, gaps)
+                case Served():
+                    self._control.served(message.ttft_s, message.gaps)
+                    self._engine.count_refused(message.refused)
                 case Bye(client=name):
                     self._disconnect(name)
 
@@ -173,6 +179,7 @@ class EngineServer:
             client.socket.close(linger=0)
 
     def _submit(self, message: Submit) -> None:
+        self._seen_s = max(self._seen_s, message.arrival)
         client = self._clients.get(message.client)
         if client is None:
             return
@@ -180,7 +187,9 @@ class EngineServer:
             if self._drain_deadline is not None:
                 raise UnavailableError("the server is shutting down")
             key = (message.client, message.request_id)
-            self._engine.add(Request(key, message.prompt_ids, message.params, message.arrival))
+            request = Request(key, message.prompt_ids, message.params, message.arrival)
+            request.judged = message.judged
+            self._engine.add(request)
         except (InvalidRequestError, UnavailableError) as error:
             outcome = "invalid" if isinstance(error, InvalidRequestError) else "rejected"
             self._send(client, [], [RequestEnded(message.request_id, outcome, str(error))])

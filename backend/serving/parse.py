@@ -18,6 +18,7 @@ import numpy as np
 
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import InvalidRequestError
+from backend.serving.triton_parameters import client_parameters
 
 RETURN_FLAGS = (
     "return_finish_reason",
@@ -28,18 +29,6 @@ RETURN_FLAGS = (
     "return_brownout",
 )
 INPUTS = ("text_input", "input_ids", "sampling_parameters", "stream", "exclude_input_in_output", *RETURN_FLAGS)
-
-#: Keys that Triton's parameter extension reserves for itself, and its prefix: HTTP and gRPC clients and perf_analyzer
-#: send them, and they are not sampling parameters. `priority` is reserved, too, but is one of ours.
-RESERVED_PARAMETERS = (
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-    "timeout",
-    "headers",
-    "binary_data_output",
-)
-RESERVED_PREFIX = "triton_"
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,40}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
@@ -117,7 +106,7 @@ def parse_request(request: InferenceRequest, decoupled: bool) -> ParsedRequest:
         params = parse_sampling(_object(source, _text_input(source, tensors[source])))
     else:
         given = _object("the request's parameters", request.parameters() or "{}")
-        params = parse_sampling({key: value for key, value in given.items() if not _reserved(key)})
+        params = parse_sampling(client_parameters(given, _CONVERTERS))
     if params.timeout_s is None and request.timeout() > 0:
         params = msgspec.structs.replace(params, timeout_s=request.timeout() / 1e6)
     return ParsedRequest(
@@ -143,10 +132,6 @@ def parse_sampling(values: dict[str, object]) -> SamplingParams:
             continue
         known[key] = _CONVERTERS[key](key, value)
     return SamplingParams(**known).validate()
-
-
-def _reserved(key: str) -> bool:
-    return key in RESERVED_PARAMETERS or key.startswith(RESERVED_PREFIX)
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:

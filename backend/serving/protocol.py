@@ -41,13 +41,17 @@ class Bye(msgspec.Struct, tag=True):
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A new request. `arrival` is time.monotonic(), which all processes of a machine share."""
+    """A new request. `arrival` is time.monotonic(), which all processes of a machine share.
+
+    `judged`: the stub has found that its first token can come in time (`backend.engine.admission`).
+    """
 
     client: str
     request_id: int
     prompt_ids: list[int]
     params: SamplingParams
     arrival: float
+    judged: bool = False
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -59,13 +63,15 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Served(msgspec.Struct, tag=True):
-    """Latencies of responses that a stub has handed to Triton since its last such message.
+    """Latencies of responses that a stub has handed to Triton since its last such message, and what it has refused.
 
     `gaps` are (seconds since the response before, tokens that came with it): so many inter-token latencies of the quotient.
+    `refused` are the prompt tokens of each request that the stub refused early, which the engine never sees.
     """
 
     ttft_s: list[float]
     gaps: list[tuple[float, int]]
+    refused: list[int] = []
 
 
 class EngineInfo(msgspec.Struct, tag=True):

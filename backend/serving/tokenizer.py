@@ -58,15 +58,26 @@ class Tokenizer:
         """The text of tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+    @property
+    def chat_template(self) -> str:
+        """The checkpoint's chat template; empty if it has none."""
+        return str(self._chat.chat_template or "") if self._chat is not None else ""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages ({"role", "content"}) as a prompt that asks for the assistant's answer.
 
-        The template writes special tokens itself: encode the result with add_special_tokens=False.
+        Without `add_generation_prompt` the last message is the answer's beginning and stays open. The template writes special
+        tokens itself: encode the result with add_special_tokens=False.
         """
         if self._chat is None or not self._chat.chat_template:
             raise InvalidRequestError("this checkpoint's tokenizer has no chat template: send a plain prompt")
         try:
-            return self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self._chat.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
         except Exception as error:  # a template is a program of the checkpoint's author and may raise anything
             raise InvalidRequestError(f"the checkpoint's chat template refuses these messages: {error}") from error
 

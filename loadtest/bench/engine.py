@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from backend.brownout.calibration_text import read_calibration, require_tokens
 from backend.brownout.points import SYNTAX, describe, parse_points
@@ -20,18 +19,16 @@ from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
 from backend.serving.tokenizer import load_tokenizer
-from loadtest.bench import kernel_times, options
+from loadtest.bench import options
 from loadtest.bench.budget import Budget
-from loadtest.bench.memory import Growth, Memory, mib, peak_bytes
+from loadtest.bench.engine_tables import show
 from loadtest.bench.our_engine import AtSettings, OurEngine
-from loadtest.bench.parts import StepTimes
 from loadtest.bench.peer_process import PeerProcess, PeerSpec, peer_spec
-from loadtest.bench.peers import Peer, Run, TransformersPeer, export_shape, export_united, tokens_equal
-from loadtest.bench.workload import Rates, Workload, machine, write_json
+from loadtest.bench.peers import Peer, TransformersPeer, export_shape, export_united
+from loadtest.bench.rounds import OURS, Rounds, figures
+from loadtest.bench.workload import Workload, machine, write_json
 
 HELP = "the engine alone, with or without peers"
-_RATES = ("prefill_tokens_per_s", "decode_tokens_per_s", "output_tokens_per_s")
-OURS = "ours"
 #: Way of a shape's seeded united experts if none is asked for.
 _SHAPE_WAY = 8
 
@@ -187,7 +184,7 @@ def run(
             "text": [path.name for path in text],
             "machine": machine(),
         }
-        rounds = _Rounds(work, prompts)
+        rounds = Rounds(work, prompts)
         rounds.engines[OURS] = base
         for name, point in (points or {}).items():
             try:
@@ -209,7 +206,7 @@ def run(
             if number and budget.spent:
                 break
             rounds.round(budget)
-            result |= _figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points or {}))
+            result |= figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points or {}))
             write(result)
         if profile:
             ours.engine.set_settings(settings)
@@ -265,163 +262,3 @@ def _peer(
             requests=work.requests,
         )
     )
-
-
-class _Rounds:
-    """Engines that run one after the other, round by round, and what they measured."""
-
-    def __init__(self, work: Workload, prompts: list[list[int]]) -> None:
-        self.work, self.prompts = work, prompts
-        self.engines: dict[str, Peer] = {}
-        self.rates: dict[str, list[Rates]] = {}
-        self.tokens: dict[str, list[list[int]]] = {}
-        self.errors: dict[str, str] = {}
-
-    def round(self, budget: Budget, measured: bool = True) -> None:
-        """Each engine once; when the budget is spent, ours only."""
-        for name in list(self.engines):
-            if name != OURS and budget.spent:
-                continue
-            try:
-                first, whole = self._runs(name)
-            except Exception as error:
-                if name == OURS:
-                    raise
-                self.fail(name, error)
-                continue
-            self.tokens[name] = whole.tokens
-            if measured:
-                self.rates.setdefault(name, []).append(Rates.of(self.work, first.seconds, whole.seconds))
-
-    def warm_up(self, name: str) -> None:
-        self._runs(name)
-
-    def fail(self, name: str, error: Exception) -> None:
-        self.engines.pop(name, None)
-        self.errors[name] = str(error)
-
-    def _runs(self, name: str) -> tuple[Run, Run]:
-        engine = self.engines[name]
-        return engine.run(self.prompts, 1), engine.run(self.prompts, self.work.new_tokens)
-
-
-def _figures(
-    rounds: _Rounds, base: AtSettings, ours: OurEngine, memory: Memory | None, peers: list[str], points: list[str]
-) -> dict:
-    """The result's figures from the rounds so far."""
-    median = Rates.median(rounds.rates[OURS])
-    figures: dict = {name: getattr(median, name) for name in Rates.__struct_fields__}
-    figures |= {
-        "step_ms": rounds.work.requests / median.decode_tokens_per_s * 1e3,
-        **_slots(base, rounds.work),
-        "peak_memory_bytes": memory.peak_bytes if memory else peak_bytes(ours.device),
-        "memory": memory,
-        "runs": list(rounds.rates[OURS]),
-    }
-    for key, names in (("points", points), ("peers", peers)):
-        if names:
-            figures[key] = {name: _compared(rounds, name, median) for name in names}
-    return figures
-
-
-def _slots(point: AtSettings, work: Workload) -> dict:
-    context = work.prompt_tokens + work.new_tokens / 2
-    return {
-        "decode_step_bytes": point.ours.decode_step_bytes(point.stats.active_slots, work.requests, context),
-        "active_slots_per_layer": point.stats.active_slots,
-        "active_slots_by_layer": point.stats.active_slots_by_layer,
-        "assignments_per_token": point.stats.assignments_per_token,
-        "united_share": point.stats.united_share,
-    }
-
-
-def _compared(rounds: _Rounds, name: str, ours: Rates) -> dict:
-    """Another engine's or point's figures, with ours over theirs (for points: theirs over ours) as `ratio`."""
-    if name in rounds.errors:
-        return {"error": rounds.errors[name]}
-    if name not in rounds.rates:
-        return {"skipped": "the budget was spent"}
-    engine = rounds.engines[name]
-    median = Rates.median(rounds.rates[name])
-    if isinstance(engine, AtSettings):
-        above, below, extra = median, ours, {"settings": asdict(engine.settings), **_slots(engine, rounds.work)}
-    else:
-        above, below, extra = ours, median, {"tokens_equal": tokens_equal(rounds.tokens[OURS], rounds.tokens[name])}
-    ratio = {rate: getattr(above, rate) / getattr(below, rate) for rate in _RATES}
-    return {"median": median, "ratio": ratio, **extra, "runs": list(rounds.rates[name])}
-
-
-def not_measured(other: dict) -> str | None:
-    """Why a peer or point has no figures; None if it has."""
-    return other.get("error") or other.get("skipped")
-
-
-def show(result: dict, checkpoint: str, console: Console) -> None:
-    """The table of rates and whatever else was measured."""
-    console.print(rates_table(result, checkpoint))
-    for kind in ("points", "peers"):
-        for name, other in result.get(kind, {}).items():
-            if reason := not_measured(other):
-                console.print(f"{name}: {reason}", style="red", markup=False)
-            elif kind == "peers":
-                console.print(f"{name}: {other['tokens_equal']:.0%} of the sequences have the same tokens")
-    memory: Memory | None = result.get("memory")
-    if memory is not None:
-        console.print(str(memory), highlight=False)
-    growth: Growth | None = result.get("memory_growth")
-    if growth is not None:
-        console.print(
-            f"Resident memory grew by {growth.growth_bytes / 2**20:+.1f} MiB from step {growth.warm_up_steps} "
-            f"({mib(growth.rss_after_warm_up_bytes)}) to step {growth.steps}"
-        )
-    if "profile" in result:
-        console.print(profile_table(result["profile"]))
-    if "decode_kernels_error" in result:
-        console.print(f"kernels of a decode step: {result['decode_kernels_error']}", style="red", markup=False)
-    if result.get("decode_kernels"):
-        console.print(kernel_times.table(result["decode_kernels"]))
-
-
-def rates_table(result: dict, checkpoint: str) -> Table:
-    table = Table(title=f"{checkpoint}, tokens per second, medians")
-    table.add_column("")
-    for name in ("prefill", "decode", "output"):
-        table.add_column(name, justify="right")
-    points = result.get("points", {})
-    if points:  # what explains their speed: active slots per layer, share of assignments that united experts served
-        table.add_column("slots", justify="right")
-        table.add_column("united", justify="right")
-
-    def slots(figures: dict) -> list[str]:
-        return [f"{figures['active_slots_per_layer']:.1f}", f"{figures['united_share']:.0%}"] if points else []
-
-    table.add_row(OURS, *(f"{result[key]:.0f}" for key in _RATES), *slots(result))
-    for name, point in points.items():
-        if not not_measured(point):
-            table.add_row(name, *(f"{getattr(point['median'], key):.0f}" for key in _RATES), *slots(point))
-            table.add_row(f"{name} / {OURS}", *(f"{point['ratio'][key]:.2f}" for key in _RATES))
-    for name, peer in result.get("peers", {}).items():
-        if not not_measured(peer):
-            table.add_row(name, *(f"{getattr(peer['median'], key):.0f}" for key in _RATES))
-            table.add_row(f"{OURS} / {name}", *(f"{peer['ratio'][key]:.2f}" for key in _RATES))
-    return table
-
-
-def profile_table(profile: dict[str, StepTimes]) -> Table:
-    table = Table(title="Where a step's time goes, means")
-    table.add_column("part")
-    for kind, times in profile.items():
-        table.add_column(f"{kind}, {times.tokens:.0f} tokens: ms", justify="right")
-        table.add_column("share", justify="right")
-    names = dict.fromkeys(name for times in profile.values() for name in times.parts)
-    most = {name: max(times.parts.get(name, 0.0) / times.step_s for times in profile.values()) for name in names}
-    for name in sorted(names, key=lambda name: -most[name]):
-        cells = []
-        for times in profile.values():
-            seconds = times.parts.get(name, 0.0)
-            cells += [f"{seconds * 1e3:.2f}", f"{seconds / times.step_s:.0%}"]
-        table.add_row(name, *cells)
-    table.add_section()
-    whole = [cell for times in profile.values() for cell in (f"{times.step_s * 1e3:.2f}", "100%")]
-    table.add_row("step", *whole)
-    return table

@@ -21,7 +21,9 @@ from backend.kernels import kernels_for
 from backend.models.dummy import SHAPES
 from loadtest.bench import engine, kernels, options, scheduler, server
 from loadtest.bench.budget import Budget
+from loadtest.bench.engine_tables import show
 from loadtest.bench.interpreter import INTERPRETER, kernels_on
+from loadtest.bench.rounds import not_measured
 from loadtest.bench.workload import Workload, machine, write_json
 
 HELP = "all of them, correctness first"
@@ -164,7 +166,7 @@ def run(
             result["ok"] &= not any("error" in peer for peer in measured.get("peers", {}).values())
             add_floors(measured, result.get("kernels"))
             enter(name)(measured)
-            engine.show(measured, f"{checkpoint}, routing {routing}", console)
+            show(measured, f"{checkpoint}, routing {routing}", console)
 
         return measure
 
@@ -238,7 +240,7 @@ def _line(name: str, part: object) -> str:
             lines[0] += f", decode step {part['decode_step_over_floor']:.2f} × its floor"
         for kind, label in (("points", "{}: decode {:.2f} × ours without"), ("peers", "decode {1:.2f} × {0}")):
             for other, figures in part.get(kind, {}).items():
-                if reason := engine.not_measured(figures):
+                if reason := not_measured(figures):
                     lines.append(f"{other}: {reason.splitlines()[0]}")
                 else:
                     lines.append(label.format(other, figures["ratio"]["decode_tokens_per_s"]))

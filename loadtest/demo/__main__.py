@@ -30,7 +30,6 @@ from loadtest.control_log import read_course
 from loadtest.demo.burst import (
     BURST,
     CALM,
-    WIDEN,
     BurstShape,
     burst_schedule,
     measure_ground,
@@ -39,6 +38,7 @@ from loadtest.demo.burst import (
     trace_schedule,
 )
 from loadtest.demo.comparison import Comparison
+from loadtest.demo.options import add_shared, check_shared
 from loadtest.demo.questions import ConversationPrompts, ask_all, examples, right_answers, show_some, table_of
 from loadtest.options import ms
 from loadtest.quality import quality_of_run
@@ -137,26 +137,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="loadtest.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--trace", type=Path, metavar="FILE", help="replay recorded arrivals instead of the burst (see docs/loads.md)")
-    add("--law", choices=[name for name in LAWS if name != "off"], default="predictive", help="the controller's law")
-    add("--max-quality-loss", type=float, default=5.0, metavar="PERCENT", help="how much dimming may cost (default 5)")
-    add(
-        "--widen",
-        type=int,
-        default=WIDEN,
-        metavar="N",
-        help="repeat the experts' neurons N times (default %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="seed of arrivals, lengths and prompts")
-    add("--output", type=Path, default=Path("results/demo"), help="folder for everything that is written")
+    laws = [name for name in LAWS if name != "off"]
+    parser.add_argument("--law", choices=laws, default="predictive", help="the controller's law (default %(default)s)")
+    add_shared(parser, "results/demo")
     args = parser.parse_args(argv)
-    if args.widen < 1:
-        parser.error(f"--widen must be at least 1, got {args.widen}")
-    if not 0 <= args.max_quality_loss <= 100:
-        parser.error(f"--max-quality-loss must be 0 … 100, got {args.max_quality_loss:g}")
-    if args.trace and not args.trace.is_file():
-        parser.error(f"--trace: there is no file {args.trace}")
+    check_shared(parser, args)
     return args
 
 

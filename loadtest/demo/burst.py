@@ -135,13 +135,20 @@ async def _closed_loop(
     ).numbered()
     # Not those of the other loads: nothing of this lies in the prefix cache when they come.
     texts = [prompts.text(seed * 1_000_003 + i, arrival.input_tokens) for i, arrival in arrivals]
+    return await _send_all(server, arrivals, texts, seed, _CLIENTS)
+
+
+async def _send_all(
+    server: RunningServer, arrivals: list[tuple[int, Arrival]], texts: list[str], seed: int, num_clients: int
+) -> list[RequestRecord]:
+    """So many clients, each with its next request when it has the answer to the last, over all interfaces in turn."""
     async with Clients(server.http, server.grpc) as clients:
 
         async def send(i: int, arrival: Arrival, intended_s: float) -> RequestRecord:
             ask = getattr(clients, _INTERFACES[i % len(_INTERFACES)])
             return await ask(i, texts[i], sampling_of(i, arrival, seed), intended_s)
 
-        return await send_closed_loop(arrivals, send, _CLIENTS)
+        return await send_closed_loop(arrivals, send, num_clients)
 
 
 def run_against_fresh_server(
@@ -186,13 +193,8 @@ def run_against_fresh_server(
 async def _warm_up(server: RunningServer, prompts: Prompts) -> None:
     """First requests load code and make connections; those of a fresh server are not what the load is to show."""
     arrivals = [(i, Arrival(0.0, 32, 16)) for i in range(16)]
-    async with Clients(server.http, server.grpc) as clients:
-
-        async def send(i: int, arrival: Arrival, intended_s: float) -> RequestRecord:
-            ask = getattr(clients, _INTERFACES[i % len(_INTERFACES)])
-            return await ask(i, prompts.text(-1 - i, arrival.input_tokens), sampling_of(i, arrival, 0), intended_s)
-
-        await send_closed_loop(arrivals, send, len(arrivals))
+    texts = [prompts.text(-1 - i, arrival.input_tokens) for i, arrival in arrivals]
+    await _send_all(server, arrivals, texts, 0, len(arrivals))
 
 
 @contextlib.contextmanager

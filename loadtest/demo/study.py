@@ -26,7 +26,6 @@ from backend.serving.tokenizer import load_tokenizer
 from controller.laws import LAWS
 from loadtest.control_log import read_course
 from loadtest.demo.burst import (
-    WIDEN,
     BurstShape,
     Ground,
     burst_schedule,
@@ -34,6 +33,7 @@ from loadtest.demo.burst import (
     run_against_fresh_server,
     trace_schedule,
 )
+from loadtest.demo.options import add_shared, check_shared
 from loadtest.demo.questions import ConversationPrompts
 from loadtest.load_spec import build_schedule
 from loadtest.options import ms, percent
@@ -108,24 +108,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--runs", type=int, default=3, help="runs of every load and law (default 3)")
     add("--laws", default=",".join(["off", *(name for name in LAWS if name != "off")]), help="default %(default)s")
     add("--loads", default="", help=f"of step, {', '.join(_LOADS)} and trace (default: all)")
-    add("--trace", type=Path, metavar="FILE", help="recorded arrivals (see docs/loads.md)")
-    add("--max-quality-loss", type=float, default=5.0, metavar="PERCENT", help="how much dimming may cost (default 5)")
-    add(
-        "--widen",
-        type=int,
-        default=WIDEN,
-        metavar="N",
-        help="repeat the experts' neurons N times (default %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="seed of the first run; each further one has the next")
-    add("--output", type=Path, default=Path("results/study"), help="folder to write (default %(default)s)")
+    add_shared(parser, "results/study")
     args = parser.parse_args(argv)
+    check_shared(parser, args)
     laws, wanted = args.laws.split(","), args.loads.split(",") if args.loads else None
     for law in laws:
         if law not in LAWS:
             parser.error(f"--laws: {law!r} is none of {', '.join(LAWS)}")
-    if args.runs < 1 or args.widen < 1:
-        parser.error("--runs and --widen must be at least 1")
+    if args.runs < 1:
+        parser.error(f"--runs must be at least 1, got {args.runs}")
     try:
         _study(args, laws, wanted, Console())
     except (ConfigError, UnavailableError) as error:

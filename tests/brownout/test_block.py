@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from backend.brownout import block as layout
@@ -45,6 +46,15 @@ def test_every_process_of_a_server_sees_the_same_block(block: Block) -> None:
     assert other.read_telemetry(3) == telemetry(7)[0]
     with pytest.raises(BlockEmpty, match="telemetry of engine 2 has not been written"):
         other.read_telemetry(2)
+
+
+def test_a_clock_that_is_set_makes_no_other_block(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start times in time of day move with the clock; who opens the block then must still find the same one."""
+    block.write_telemetry(0, telemetry(7))
+    real = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: real(process) + 3600)
+    assert Block(block.path, os.getpid()).read_telemetry(0) == telemetry(7)[0]
+    assert block.read_telemetry(0) == telemetry(7)[0]
 
 
 def test_the_settings_number_changes_with_every_write(block: Block) -> None:

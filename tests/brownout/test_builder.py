@@ -17,7 +17,11 @@ from backend.brownout.calibration_text import read_calibration
 from backend.brownout.distill import DistillOptions, make_pairs
 from backend.brownout.fingerprint import checkpoint_fingerprint
 from backend.brownout.grouping import expert_output
+from backend.brownout.settings import Settings
 from backend.brownout.united_file import read_united
+from backend.config import EngineConfig
+from backend.engine.engine import Engine
+from backend.engine.scoring import Scorer
 from backend.errors import ConfigError
 from backend.models import load_model
 from tests.models.harness import Runner
@@ -59,16 +63,35 @@ def _planted(checkpoint, folder):
     (folder / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
 
 
+def _scores(folder, united: str):
+    """Log-probabilities of some tokens with every expert replaced that can be, and the active slots of each layer."""
+    engine = Engine(EngineConfig(str(folder), united=united, max_model_len=128, kv_cache_blocks=40))
+    if united != "none":
+        engine.set_settings(Settings(threshold_prefill=0.0, threshold_decode=0.0))
+    texts = torch.randint(199, (4, 120), generator=torch.Generator().manual_seed(0)).tolist()
+    scored = Scorer(engine, 4).score([(ids, 1) for ids in texts])
+    return torch.cat([torch.as_tensor(found.logprobs) for found in scored]), engine.runner.model.slot_usage()[0]
+
+
 def test_groups_of_equal_experts_are_found_and_cost_nothing(checkpoint, calibration, tmp_path, capsys):
-    _planted(checkpoint, tmp_path / "planted")
-    arguments = [str(tmp_path / "planted"), "--way", "2", "--calibration", str(calibration), "--window", "64"]
-    assert main([*arguments, "--steps", "10", "--tokens", "1500", "--group", "output"]) == 0, capsys.readouterr().out
-    united = read_united(tmp_path / "planted/united-2.safetensors", checkpoint_fingerprint(tmp_path / "planted"))
+    planted = tmp_path / "planted"
+    _planted(checkpoint, planted)
+    arguments = [str(planted), "--way", "2", "--calibration", str(calibration), "--window", "64", "--tokens", "1500"]
+    for group in ("output", "index"):
+        output = str(tmp_path / group)
+        assert main([*arguments, "--steps", "10", "--group", group, "--output", output]) == 0, capsys.readouterr().out
+    united = read_united(tmp_path / "output/united-2.safetensors", checkpoint_fingerprint(planted))
     assert [int(i) for i in united.report] == [0, 1, 2]
     for layer in united.layers.values():
         assert torch.equal(layer.groups[:4], layer.groups[4:])
     assert all(report["relative_error"] < 1e-3 for report in united.report.values())
-    assert not (tmp_path / "planted/united-work").exists()
+    assert not (tmp_path / "output/united-work").exists()
+    # Neighbours by number are strangers: with as many slots they lose what the twins keep.
+    full, _ = _scores(planted, "none")
+    twins, slots = _scores(planted, str(tmp_path / "output/united-2.safetensors"))
+    strangers, same_slots = _scores(planted, str(tmp_path / "index/united-2.safetensors"))
+    assert list(slots) == list(same_slots) == [4, 4, 4]
+    assert 10 * (twins - full).abs().max() < (strangers - full).abs().max()
 
 
 def test_distilled_is_better_than_averaged_is_better_than_dropped(model, windows, tmp_path):

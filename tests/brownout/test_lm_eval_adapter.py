@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backend.brownout.lm_eval_adapter import BrownoutLM
+from backend.demo.template import CHAT_TEMPLATE
+from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError
 
 
@@ -60,15 +63,37 @@ def test_long_texts_are_scored_in_windows_that_follow_one_another(model, referen
     assert len(ids) == 701 and found == pytest.approx(wanted, abs=1e-2)
 
 
-def test_generation_stops_before_the_first_of_until(model):
-    (full,) = model.generate_until(_requests(("The quick", {"max_gen_toks": 12})))
-    assert full == model.generate_until(_requests(("The quick", {"max_gen_toks": 12, "do_sample": False})))[0]
-    assert len(full) > 4
-    stop = full[2]
-    cut, other = model.generate_until(
-        _requests(("The quick", {"until": [stop, "\n\n\n"], "max_gen_toks": 12}), ("The quick", {"until": stop, "max_gen_toks": 5}))
-    )  # fmt: skip
-    assert cut == full[: full.index(stop)] and cut.startswith(other)
+def test_generation_is_that_of_the_engine_with_its_stop_strings_and_limits(model):
+    contexts = ["The quick", "One, two", "x" * 40]
+    limits = [{"max_gen_toks": 12}, {"max_gen_toks": 5, "do_sample": False}, {"max_gen_toks": 9, "temperature": 0.0}]
+    (full,), *_ = model.llm.generate(contexts[:1], SamplingParams(max_tokens=12, temperature=0.0))
+    stops = [(), (full.text[2],), (full.text[3:5], "\n\n\n")]
+    assert len(full.text) > 6
+    asked = [(c, {**most, "until": list(until)}) for c in contexts for most in limits for until in stops]
+    for (context, given), text in zip(asked, model.generate_until(_requests(*asked)), strict=True):
+        params = SamplingParams(max_tokens=given["max_gen_toks"], temperature=0.0, stop=tuple(given["until"]))
+        assert text == model.llm.generate([context], params)[0][0].text
+        assert not any(until in text for until in given["until"])
+
+
+def test_generation_ends_with_the_stop_string(model):
+    arguments = ("The quick", {"max_gen_toks": 40})
+    (full,) = model.generate_until(_requests(arguments))
+    before = model.meter.steps
+    assert model.generate_until(_requests((arguments[0], arguments[1] | {"until": full[0]}))) == [""]
+    assert model.meter.steps - before < 8 and not model.llm.engine.has_work
+
+
+def test_chats_are_written_by_the_checkpoints_template(text_checkpoint, tmp_path):
+    folder = shutil.copytree(text_checkpoint, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    model = BrownoutLM(str(folder), batch_size=2)
+    history = [{"role": "user", "content": "1 + 1"}]
+    prompt = model.apply_chat_template(history)
+    assert prompt == "<|user|> 1 + 1<|assistant|>" and model.chat_template(True) == CHAT_TEMPLATE
+    assert model.tokenizer_name.endswith("chat") and "/" not in model.tokenizer_name
+    begun = model.apply_chat_template([*history, {"role": "assistant", "content": "2"}], add_generation_prompt=False)
+    assert begun == prompt + " 2"
 
 
 def test_settings_act_and_are_checked(text_checkpoint, model):

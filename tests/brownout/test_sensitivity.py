@@ -10,33 +10,46 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backend.brownout.calibrate import main as calibrate
+from backend.brownout.layer_thresholds import LayerThresholds
 from backend.brownout.measure import Text, apply_by_layer
-from backend.brownout.sensitivity import layer_losses, least_loss, main
+from backend.brownout.profile import read_profile
+from backend.brownout.sensitivity import best_by_layer, layer_losses, main
 from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
 
-_NUMBERS = st.integers(0, 400)
+_THETAS = [0.0, 0.3, 0.7, 1.0]
+_STEPS = st.tuples(*[st.integers(0, 300)] * 3)
 
 
-@given(st.lists(st.tuples(*[st.tuples(_NUMBERS, _NUMBERS)] * 3), min_size=1, max_size=4), st.integers(0, 2))
-@settings(max_examples=60, deadline=None)
-def test_no_other_choice_within_the_budget_loses_less(layers, column):
-    loss = np.array([[a for a, _ in layer] for layer in layers], float)
-    slots = np.array([[b for _, b in layer] for layer in layers]) / 4
-    budget = slots[:, column].sum()
-    chosen = least_loss(loss, slots, budget)
+@given(st.lists(st.tuples(_STEPS, _STEPS), min_size=1, max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_no_layer_falls_and_no_more_is_lost_with_as_many_slots(layers):
+    # From theta = 0 on a layer's slots rise and its loss falls, ever more slowly.
+    slots = np.array([np.cumsum([32, *(1 + a for a in widths)]) for widths, _ in layers]) / 4
+    falls = np.array([sorted(slopes) for _, slopes in layers])[:, ::-1] / 100 * np.diff(slots)
+    loss = np.hstack([np.cumsum(falls[:, ::-1], axis=1)[:, ::-1], np.zeros((len(layers), 1))])
+    table = best_by_layer(_THETAS, loss, slots)
+    for column, row in enumerate(table.by_layer):
+        used, lost = (
+            sum(np.interp(t, _THETAS, curve) for t, curve in zip(row, curves, strict=True)) for curves in (slots, loss)
+        )
+        assert used == pytest.approx(slots[:, column].sum(), abs=0.15)
+        within = [c for c in product(range(4), repeat=len(layers)) if _sum(slots, c) <= used]
+        assert lost <= min(_sum(loss, c) for c in within) + 0.5
 
-    def total(table, columns):
-        return sum(row[i] for row, i in zip(table, columns, strict=True))
 
-    within = [c for c in product(range(3), repeat=len(layers)) if total(slots, c) <= budget]
-    assert total(loss, chosen) == min(total(loss, c) for c in within)
-    assert total(slots, chosen) <= budget + 0.05
+def _sum(table, columns):
+    return sum(row[i] for row, i in zip(table, columns, strict=True))
 
 
-def test_a_budget_that_nothing_meets_is_refused():
-    with pytest.raises(ValueError, match="no choice is within 3 slots"):
-        least_loss(np.zeros((2, 2)), np.full((2, 2), 4.0), 3)
+def test_the_sensitive_layer_is_kept():
+    slots = np.array([[8.0, 20.0, 40.0]] * 2)
+    table = best_by_layer([0.0, 0.4, 1.0], np.array([[4.0, 2.0, 0.0], [1.0, 0.5, 0.0]]), slots)
+    assert table.by_layer == ((0.0, 0.0), (0.76, 0.0), (1.0, 1.0))
+    # A first part that gains little does not keep from the rest that gains much.
+    dent = best_by_layer([0.0, 0.4, 1.0], np.array([[4.0, 3.9, 0.0], [1.0, 0.5, 0.0]]), slots)
+    assert dent.at(0.4) == (0.76, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -70,5 +83,12 @@ def test_the_command_compares_at_no_more_slots(text_checkpoint, tmp_path, capsys
     assert pair["uniform"]["thresholds"] == [0.5, 0.5] and len(pair["by_layer"]["thresholds"]) == 2
     assert pair["uniform"]["text"]["divergence"]["words"] > 0
     assert "One layer dimmed alone" in capsys.readouterr().out
+    profile = tmp_path / "profile.json"
+    arguments = [*arguments[:-2], "--grid", "united:4:0,0.5", "--rounds", "1", "--cost", "slots", "--layers", str(path)]
+    assert calibrate([*arguments, "--output", str(profile)]) == 0
+    assert read_profile(profile).layer_thresholds == {4: LayerThresholds.from_json(result["layer_thresholds"])}
+    path.write_text(json.dumps(result | {"fingerprint": "0"}))
+    assert calibrate([*arguments, "--output", str(profile)]) == 1
+    assert "were made for another checkpoint" in " ".join(capsys.readouterr().out.split())
     assert main([str(text_checkpoint)]) == 1
     assert "give --questions, --text" in capsys.readouterr().out

@@ -19,18 +19,12 @@ MODEL = StepModel()
 MODEL.learn(measured_steps())
 
 
-class TokenPace(Pace):
-    """10 ms a token, 50 ms a request ahead."""
-
-    def __init__(self) -> None:
-        pass
-
-    def first_token_s(self, tokens: int, ahead: int) -> float:
-        return max(0.01 * tokens, 0.05 * (ahead + 1))
+#: 10 ms a token, 50 ms a request ahead.
+PACE = Pace(chunk=1, one_s=0.01, token_s=0.0, full_s=0.01, free=0, finish_s=0.05)
 
 
 def refused(waiting: list[Waiting], started: int = 0, margin: float = 0.0) -> set[object]:
-    refusals = late_requests(TokenPace(), started, waiting, LIMIT_S, margin)
+    refusals = late_requests(PACE, started, waiting, LIMIT_S, margin)
     assert len({refusal.request_id for refusal in refusals}) == len(refusals)
     assert all(refusal.expected_s > LIMIT_S * (1 - margin) for refusal in refusals)
     return {refusal.request_id for refusal in refusals}
@@ -69,6 +63,12 @@ def test_what_is_new_keeps_a_margin() -> None:
     queue = [Waiting(i, 0.0, 30) for i in range(3)]
     assert refused(queue) == set()
     assert refused(queue, margin=0.2) == {2}
+
+
+def test_what_its_stub_let_pass_goes_only_beyond_the_whole_limit() -> None:
+    queue = [Waiting(i, 0.0, 30, judged=True) for i in range(3)]
+    assert refused(queue, margin=0.2) == set()
+    assert refused([*queue, Waiting(3, 0.0, 30, judged=True)], margin=0.2) == {3}
 
 
 def test_what_was_accepted_is_served_even_late() -> None:
@@ -110,16 +110,16 @@ def test_the_kept_are_in_time_and_no_lesser_request_is_kept_before_a_refused_one
         allowed_s = LIMIT_S
         if request.accepted:
             old_tokens += request.tokens
-            allowed_s = max(LIMIT_S, request.age_s + TokenPace().first_token_s(old_tokens, old_ahead))
+            allowed_s = max(LIMIT_S, request.age_s + PACE.first_token_s(old_tokens, old_ahead))
             old_ahead += 1
         rank = (request.never, -request.priority, request.accepted)
         if request.request_id not in gone:
             tokens += request.tokens
-            assert request.age_s + TokenPace().first_token_s(tokens, len(kept)) <= allowed_s + 1e-9
+            assert request.age_s + PACE.first_token_s(tokens, len(kept)) <= allowed_s + 1e-9
             kept.append(request)
         elif request.accepted:
             assert any(not new.accepted and (new.never, -new.priority) > rank[:2] for new in queue)
-        elif request.age_s + TokenPace().first_token_s(started + request.tokens, 0) <= LIMIT_S:
+        elif request.age_s + PACE.first_token_s(started + request.tokens, 0) <= LIMIT_S:
             assert all((other.never, -other.priority, other.accepted) >= rank for other in kept)
 
 
@@ -128,7 +128,8 @@ def test_the_pace_is_that_of_the_queue_model(running: int, tokens: int, ahead: i
     engine = load(running=running, waiting=ahead + 1, waiting_tokens=tokens)
     expected = float(first_token_s(MODEL, engine, max(tokens, 1), ahead, theta, theta))
     assert (
-        abs(Pace(MODEL, engine, theta, theta).first_token_s(max(tokens, 1), ahead) - expected) <= 0.01 * expected + 1e-6
+        abs(Pace.of(MODEL, engine, theta, theta).first_token_s(max(tokens, 1), ahead) - expected)
+        <= 0.01 * expected + 1e-6
     )
 
 

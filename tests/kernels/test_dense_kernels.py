@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import pytest
@@ -19,6 +20,19 @@ def test_linear_is_the_same_for_every_number_of_rows(kernels: ModuleType, rows: 
     x, weight, b = torch.randn(rows, 19), torch.randn(23, 19), torch.randn(23) if bias else None
     expected = (x.double() @ weight.double().T + (0 if b is None else b.double())).float()
     torch.testing.assert_close(kernels.linear(x, weight, b), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_products_meet_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each that it meets the library keeps code."""
+    met, product = set(), torch.mm
+    monkeypatch.setattr(sys.modules["backend.kernels.cpu.linear"], "_has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(torch, "mm", lambda x, y: met.add(len(x)) or product(x, y))
+    weight = torch.randn(24, 16).bfloat16()
+    for rows in (49, 64, 65, 96, 97, 120, 128, 200, 224):
+        x = torch.randn(rows, 16)
+        out = cpu.linear(x, weight)
+        torch.testing.assert_close(out, x.bfloat16().float() @ weight.float().t(), rtol=1e-2, atol=1e-2)
+    assert met == {64, 96, 128, 224}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

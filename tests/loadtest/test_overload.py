@@ -61,8 +61,9 @@ def test_far_beyond_capacity_the_service_stays_useful(tmp_path: Path) -> None:
     assert last["load"] == 3
     assert last["seconds"] >= 59
     assert result["goodput_of_last_load_to_best"] >= 0.9
-    assert last["failed"] == 0
-    assert last["completed"] + last["rejected"] == last["requests"]
+    for load in result["loads"]:
+        assert load["failed"] == 0
+        assert load["completed"] + load["rejected"] == load["requests"]
+        assert load["refusal_p99_s"] is None or load["refusal_p99_s"] < 0.1
     assert last["rejected"] > last["requests"] / 3
-    assert last["refusal_p99_s"] < 0.1
     assert last["recovery_s"] < 10

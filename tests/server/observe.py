@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,14 +11,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from backend.serving.launch_client import RunningServer
 from tests.server.talk import get
-
-
-def wait_until(true: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Until `true()`; a failure that says `what` did not happen after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"after {timeout_s:g} s: not {what}"
-        time.sleep(0.02)
 
 
 def read_families(server: RunningServer) -> dict:
@@ -83,7 +74,7 @@ def launch_name(server: RunningServer) -> str:
 
 
 def runtime_dir(server: RunningServer) -> Path:
-    return Path(engine_process(server).environ()["BROWNOUT_RUNTIME_DIR"])
+    return Path(engine_processes(server)[0].environ()["BROWNOUT_RUNTIME_DIR"])
 
 
 def command_of(process: psutil.Process) -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 
 from backend.serving.launch_client import RunningServer
 from tests.server.conftest import TINY_CONTEXT, TINY_VOCAB
-from tests.server.observe import wait_until
 from tests.server.talk import ASK, HttpStream, ServerError, check_code, generate, post, sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
@@ -22,8 +24,9 @@ from backend.serving.launch_client import RunningServer, running_server
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient, Held, Refused, Unreachable
 from tests.server.conftest import TINY
-from tests.server.observe import descendants, engine_processes, read_metric, wait_until
+from tests.server.observe import descendants, engine_processes, read_metric, stub_process
 from tests.server.talk import HttpStream, ServerError, generate, get, grpc_infer, post, sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -43,9 +46,31 @@ DIM = {"threshold_prefill": 0.5, "threshold_decode": 0.25, "mechanism": "drop"}
 LONG = {"text_input": "for long", "sampling_parameters": sampling(max_tokens=700)}
 
 
+class Clock:
+    """The time of day of every process that is started with `env`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.env = {"TEST_CLOCK": str(path), "PYTHONPATH": str(PRODUCT_ROOT / "tests" / "server" / "skewed_clock")}
+        self.set(0)
+
+    def set(self, offset_s: float) -> None:
+        """From now on it is so many seconds off."""
+        with open(self._path, "r+b" if self._path.exists() else "wb") as file:
+            file.write(struct.pack("d", offset_s))
+
+    def followed_by(self, pid: int) -> bool:
+        return self._path.with_name(f"{self._path.name}.{pid}").exists()
+
+
 @pytest.fixture(scope="module")
-def controlled() -> Iterator[RunningServer]:
-    with running_server(env=TWO_ENGINES, drain_timeout_s=1) as running:
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Clock:
+    return Clock(tmp_path_factory.mktemp("clock") / "clock")
+
+
+@pytest.fixture(scope="module")
+def controlled(clock: Clock) -> Iterator[RunningServer]:
+    with running_server(env=TWO_ENGINES | clock.env, drain_timeout_s=1) as running:
         yield running
 
 
@@ -78,13 +103,15 @@ def mode_in(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def controller(server: RunningServer, *arguments: str, token: str = TOKEN) -> Iterator[subprocess.Popen]:
+def controller(
+    server: RunningServer, *arguments: str, token: str = TOKEN, env: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "controller", "--triton", server.grpc, "--ttft-slo", "0.5", "--itl-slo", "0.1"]
     command += ["--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0", "--period", "0.1", "--lease", "1"]
     process = subprocess.Popen(
         [*command, *arguments],
         cwd=PRODUCT_ROOT,
-        env=os.environ | {"BROWNOUT_CONTROL_TOKEN": token},
+        env=os.environ | {"BROWNOUT_CONTROL_TOKEN": token} | env,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -134,6 +161,22 @@ def test_the_share_of_resident_experts_is_a_setting_like_the_thresholds(
     wait_until(lambda: settings_of(plane)["resident_share"] == 1, 5, "back at the baseline")
     wait_until(lambda: read_metric(controlled, "moe_expert_slot_byte_seconds_total") > 0, 5, "counted")
     assert min(before) > 0.25
+
+
+def test_settings_act_in_the_very_next_step_of_every_engine(controlled: RunningServer, plane: BrownoutClient) -> None:
+    """No step after the answer runs with the old ones."""
+    wait_until(lambda: not any(e["requests_running"] for e in plane.call()["telemetry"]), 10, "idle")
+    before = {entry["engine"]: entry["num_steps"] for entry in plane.call()["telemetry"]}
+    plane.call(**DIM, owner="test", lease_s=30)
+    streams = [HttpStream(controlled, LONG) for _ in range(2)]
+    wait_until(lambda: all(e["num_steps"] > before[e["engine"]] for e in plane.call()["telemetry"]), 10, "stepping")
+    for entry in plane.call()["telemetry"]:
+        # Of a long time the last steps only; the first one after the change is among them if that was soon enough.
+        new = entry["steps"][before[entry["engine"]] - entry["num_steps"] :]
+        assert {tuple(step[3:]) for step in new} == {(0.5, 0.25)}
+    for stream in streams:
+        stream.close()
+    plane.call(owner="test", lease_s=0)
 
 
 def test_changes_need_the_token(controlled: RunningServer, plane: BrownoutClient) -> None:
@@ -199,7 +242,7 @@ def test_a_frozen_engine_is_held_for_then_handed_back_and_taken_up_again(
 def test_a_suspended_controller_finds_its_lease_gone_and_starts_from_what_holds(
     controlled: RunningServer, plane: BrownoutClient, tmp_path: Path
 ) -> None:
-    """As after a clock that jumped: whatever it thought of the time, the server's lease decides."""
+    """Whatever it thought of the time, the server's lease decides."""
     log = tmp_path / "events.jsonl"
     with controller(controlled, "--log", str(log)) as process:
         wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
@@ -212,6 +255,43 @@ def test_a_suspended_controller_finds_its_lease_gone_and_starts_from_what_holds(
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert max(event["dt_s"] for event in events) <= 0.2 + 1e-9
     assert next(event["resumed"] for event in events if event.get("resumed")) == [1.0, 1.0]
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    controlled: RunningServer, plane: BrownoutClient, clock: Clock, tmp_path: Path
+) -> None:
+    """Leases, timeouts, and the ages of requests and telemetry go by monotonic time, in the server as in the controller."""
+    log = tmp_path / "events.jsonl"
+    waiting = {"text_input": "patient", "sampling_parameters": sampling(max_tokens=700, timeout_s=60)}
+    with controller(controlled, "--stale-after", "2", "--log", str(log), env=clock.env) as process:
+        wait_until(lambda: owner_of(plane) == "sidecar", 20, "in charge")
+        engines = [engine.pid for engine in engine_processes(controlled)]
+        stub = stub_process(controlled, "moe_llm").pid
+        assert all(map(clock.followed_by, [*engines, stub, process.pid]))
+        streams = [HttpStream(controlled, waiting) for _ in range(6)]  # four run, two wait
+        for offset_s in (3600.0, -86400.0, 0.0):
+            clock.set(offset_s)
+            until_s = time.monotonic() + 0.5
+            while time.monotonic() < until_s:
+                status = plane.call()
+                assert status["settings"]["owner"] == "sidecar"
+                assert 0 < status["settings"]["lease_left_s"] <= 1
+                for entry in status["telemetry"]:
+                    assert 0 <= status["time_s"] - entry["time_s"] < 2
+                    assert 0 <= entry["oldest_waiting_s"] < 30
+        clock.set(-86400.0)
+        process.kill()
+        wait_until(lambda: owner_of(plane) is None, 5, "ended")
+    for stream in streams:
+        assert sum(response.get("text_output") is not None for response in stream) > 0
+        stream.close()
+    assert generate(controlled, {"text_input": "Hi", "sampling_parameters": sampling(max_tokens=3)}).text
+    clock.set(0)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    modes = [event["mode"] for event in events]
+    assert set(modes[modes.index("control") :]) == {"control"}
+    clocks = [event["unix_s"] for event in events]
+    assert max(clocks) - min(clocks) > 86400  # the controller's own clock did jump
 
 
 def test_a_controller_hands_back_when_told_to_end(
@@ -257,7 +337,9 @@ def test_far_too_many_requests_are_refused_early_and_each_ends_once(
     assert served >= 4
     assert refused
     assert all(f"too late for {SHED_TTFT_S} s (shed_ttft_s); retry in about" in answer for answer in refused)
-    assert sum(entry["requests_shed"] for entry in plane.call()["telemetry"]) == len(refused)
+    wait_until(
+        lambda: sum(entry["requests_shed"] for entry in plane.call()["telemetry"]) == len(refused), 5, "all counted"
+    )
 
 
 @pytest.mark.parametrize("fault", ["torn", "rubbish", "truncated", "removed"])

@@ -23,9 +23,9 @@ from tests.server.observe import (
     launch_name,
     runtime_dir,
     stub_process,
-    wait_until,
 )
 from tests.server.talk import ASK, STREAMS, ServerError, check_code, generate, get, sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

@@ -11,7 +11,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from backend.serving.launch_client import RunningServer
 from tests.server.conftest import TINY_CONTEXT, TINY_VOCAB
-from tests.server.observe import read_metric, wait_until
+from tests.server.observe import read_metric
 from tests.server.talk import (
     ASK,
     ONE_RESPONSE,
@@ -24,6 +24,7 @@ from tests.server.talk import (
     sampling,
     to_array,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

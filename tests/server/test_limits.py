@@ -11,7 +11,7 @@ import pytest
 import tritonclient.grpc as grpc
 
 from backend.serving.launch_client import RunningServer
-from tests.server.observe import read_metric, wait_until
+from tests.server.observe import read_metric
 from tests.server.talk import (
     ASK,
     STREAMS,
@@ -24,6 +24,7 @@ from tests.server.talk import (
     sampling,
     to_array,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

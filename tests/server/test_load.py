@@ -25,7 +25,8 @@ from loadtest.open_loop import send_open_loop
 from loadtest.record import RequestRecord, read_records
 from loadtest.run import main
 from loadtest.schedule import Arrival
-from tests.server.observe import engine_process, read_metric, wait_idle, wait_until
+from tests.server.observe import engine_process, read_metric, wait_idle
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

@@ -6,8 +6,9 @@ import pytest
 from prometheus_client.metrics_core import Metric
 
 from backend.serving.launch_client import RunningServer
-from tests.server.observe import read_families, read_metric, wait_until
+from tests.server.observe import read_families, read_metric
 from tests.server.talk import ASK, ServerError, generate, sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

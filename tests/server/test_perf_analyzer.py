@@ -11,8 +11,9 @@ import pytest
 
 from backend.serving.launch_client import RunningServer
 from loadtest.perf_analyzer import PerfAnalyzerUnavailable, find_or_fetch
-from tests.server.observe import read_metric, wait_until
+from tests.server.observe import read_metric
 from tests.server.talk import sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

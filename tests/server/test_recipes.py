@@ -24,7 +24,8 @@ from backend.serving.launch_client import RunningServer
 from backend.serving.triton_server import PRODUCT_ROOT
 from loadtest.perf_analyzer import PerfAnalyzerUnavailable, find_or_fetch
 from loadtest.record import read_records
-from tests.server.observe import wait_idle, wait_until
+from tests.server.observe import wait_idle
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

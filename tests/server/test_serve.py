@@ -15,7 +15,8 @@ from backend.serving.launch_processes import has_ended
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient
 from tests.server.conftest import TINY
-from tests.server.observe import command_of, wait_until
+from tests.server.observe import command_of
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

@@ -67,7 +67,7 @@ CASES: dict[Callable[[Path], dict], tuple[str, ...]] = {
     unknown_parameter: ("unknown parameter 'max_runing'", "max_running"),
     negative_size: ("parameter max_running must be at least 1", "-4"),
     kv_pool_too_small: ("parameter kv_cache_blocks", "raise kv_cache_blocks or lower max_model_len"),
-    truncated_weights: ("checkpoint", "model.safetensors", "truncated"),
+    truncated_weights: ("checkpoint", "model.safetensors", "truncated", "copy or download it again"),
     wrong_tokenizer: ("parameter checkpoint", "wrong tokenizer", "copy the tokenizer files"),
 }
 

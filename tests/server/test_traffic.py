@@ -12,8 +12,9 @@ import pytest
 from backend.serving.launch_client import RunningServer
 from loadtest.clients import Clients
 from loadtest.record import RequestRecord
-from tests.server.observe import read_metric, resident_bytes, wait_idle, wait_until
+from tests.server.observe import read_metric, resident_bytes, wait_idle
 from tests.server.talk import ASK, STREAMS, ServerError, generate, sampling
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 

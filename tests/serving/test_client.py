@@ -4,14 +4,17 @@ import os
 import threading
 import time
 
+import numpy as np
 import psutil
 import pytest
 
+from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.client import EngineClient
 from backend.serving.protocol import EngineRecord
+from tests.waiting import wait_until
 
 CONFIG = EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, max_waiting=4)
 
@@ -53,13 +56,6 @@ def engine_pid(runtime_dir, index=0):
     return EngineRecord.read(runtime_dir, index).pid
 
 
-def wait_until(condition, timeout=20):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def stub(tmp_path):
     stub = Stub(tmp_path)
@@ -70,12 +66,46 @@ def stub(tmp_path):
 
 
 def test_tokens_come_back_and_a_full_queue_is_refused(stub):
+    """Refused at the door, or by the engine if that did not know yet how full it was."""
+    at_the_door = {}
     for number in range(30):
-        stub.submit(number, max_tokens=3)
-    stub.wait(lambda: sum(bool(stub.finished(n)) or n in stub.ended for n in range(30)) == 30)
-    refused = list(stub.ended.values())
-    assert all(ended.outcome == "rejected" and "queue is full" in ended.message for ended in refused)
+        try:
+            stub.submit(number, max_tokens=3)
+        except UnavailableError as error:
+            at_the_door[number] = str(error)
+    stub.wait(lambda: sum(bool(stub.finished(n)) or n in stub.ended or n in at_the_door for n in range(30)) == 30)
+    assert all(ended.outcome == "rejected" for ended in stub.ended.values())
+    messages = [*at_the_door.values(), *(ended.message for ended in stub.ended.values())]
+    assert all("queue is full: 4 requests wait" in message for message in messages)
     assert all(len(tokens) == 3 for tokens in stub.tokens.values())
+
+
+def test_a_refusal_at_the_door_needs_no_answer_from_the_engine(tmp_path):
+    """The engine stands still; what comes is refused all the same, and counted when it goes on."""
+    stub = Stub(tmp_path, config=EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=500, shed_ttft_s=2.0))
+    stub.client.start()
+    block = Block(block_path(tmp_path), os.getpid())
+    engine = psutil.Process(engine_pid(tmp_path))
+    try:
+        stub.submit(0, max_tokens=900)
+        wait_until(lambda: block.read_queue(0)["allowed_s"] < 2.0)  # the engine knows its speed
+        engine.suspend()
+        queue = np.array([block.read_queue(0)])
+        queue["ready_s"] += 100  # in the middle of a long step
+        block.write_queue(0, queue)
+        for number in range(1, 4):
+            with pytest.raises(UnavailableError, match="the server is overloaded: the first token would come after"):
+                stub.submit(number)
+        assert not stub.ended
+    finally:
+        engine.resume()
+    try:
+        wait_until(lambda: block.read_telemetry(0)["requests_shed"] == 3)
+        row = block.read_telemetry(0)
+        assert (row["requests"], row["prompt_tokens"]) == (4, 12)
+        assert stub.tokens and not stub.ended
+    finally:
+        stub.client.close()
 
 
 def test_killed_engine_loses_its_requests_and_comes_back(stub, tmp_path):
@@ -168,7 +198,7 @@ def test_engine_ends_with_its_server(tmp_path):
     (tmp_path / "shutting-down").touch()
     server.kill()
     server.wait()
-    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout=5)
+    wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=5)
     stub.client.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -119,6 +120,34 @@ def test_a_restarted_engine_is_told_from_the_one_before(engine: Engine, block: B
         control = EngineControl(engine, block, 0, generation)
         control.publish()
         assert block.read_telemetry(0)["generation"] == generation
+
+
+def test_stubs_learn_how_the_queue_stands(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said before a step is what the engine goes by, less what the step will compute."""
+    config = EngineConfig(
+        checkpoint="dummy:tiny", kv_cache_blocks=64, max_running=1, max_batch_tokens=16, shed_ttft_s=1.0
+    )
+    engine = Engine(config)
+    control = EngineControl(engine, block, 2, 7)
+    add(engine, "a", 4)
+    control.announce(12.5)
+    said = block.read_queue(2)
+    assert (said["generation"], said["seen_s"], said["waiting"], said["pace"]["free"]) == (7, 12.5, 1, 1)
+    assert said["allowed_s"] == math.inf  # it does not know its speed yet
+    control._model.learn(measured_steps(count=20))
+    add(engine, "b", 4)
+    before = time.monotonic()
+    control.announce(13.0)
+    said = block.read_queue(2)
+    assert (said["waiting"], said["tokens"], said["pace"]["chunk"]) == (2, 40 - 16, 16)
+    assert (said["allowed_s"], said["any_auto"], said["max_priority"]) == (pytest.approx(0.85), True, 0)
+    assert said["ready_s"] - before == pytest.approx(float(control._model.predict_s(16, 0, 1.0, 1.0)), abs=0.05)
+    while engine.has_work:
+        engine.step()
+    control.announce(13.0)
+    said = block.read_queue(2)
+    assert (said["waiting"], said["tokens"], said["any_auto"], said["pace"]["free"]) == (0, 0, False, 1)
+    assert said["ready_s"] <= time.monotonic()
 
 
 def test_refusals_come_earlier_when_first_tokens_come_late(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from backend.serving.launch_client import RunningServer, running_server
 from backend.serving.protocol import RUNTIME_DIR_ENV
 from backend.serving.triton_server import PRODUCT_ROOT
 from tests.serving.launch_echo import make_repository
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -56,13 +57,6 @@ def stub(server: RunningServer) -> psutil.Process:
 
 def runtime_dir(server: RunningServer) -> Path:
     return Path(triton(server).environ()[RUNTIME_DIR_ENV])
-
-
-def wait_until(condition, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

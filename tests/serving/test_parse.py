@@ -109,6 +109,18 @@ def test_tritons_own_parameters_are_no_sampling_parameters() -> None:
         parse(sampling={"sequence_id": 3})
 
 
+@pytest.mark.parametrize("header", ["x-request-id", "X-Forwarded-For", "user-agent", "traceparent", "Authorization"])
+def test_headers_that_triton_forwards_are_no_sampling_parameters(header: str) -> None:
+    assert parse(parameters={header: "1", "top_k": 3}).params == SamplingParams(top_k=3)
+    with pytest.raises(InvalidRequestError, match="unknown sampling parameter"):
+        parse(sampling={header: "1"})
+
+
+def test_a_sampling_parameter_with_a_hyphen_is_no_header() -> None:
+    with pytest.raises(InvalidRequestError, match="did you mean max_tokens"):
+        parse(parameters={"max-tokens": 3})
+
+
 def test_tritons_request_timeout_is_honoured() -> None:
     assert parse(timeout_us=2_500_000).params.timeout_s == 2.5
     assert parse(timeout_us=2_500_000, sampling={"timeout_s": 9}).params.timeout_s == 9

@@ -24,6 +24,9 @@ from backend.kernels.cpu.panels import ROWS, TOKENS
 FEW_ROWS = 48
 #: Rows for which MKL multiplies weight @ x.T up to three times faster than x @ weight.T; the result is copied back.
 _TRANSPOSED_ROWS = range(6, 64)
+#: Rows are filled up with zeros to multiples of this before oneDNN multiplies them. It compiles code for each number of rows
+#: that it meets and keeps some of it for good, a quarter of a MiB each time, whatever its cache of shapes may hold.
+_ROWS_STEP = 32
 #: Weights widened at a time: 2 MiB of float32, which stay in the caches until they are used.
 _WIDENED_ELEMENTS = 2**19
 
@@ -59,7 +62,7 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
         x = x.to(weight.dtype) if bfloat16.multiplies(weight) else x
         _few_rows(as_array(x), as_array(weight), out.numpy(), get_num_threads())
     elif weight.dtype == torch.bfloat16 and _has_bfloat16_units():
-        out.copy_(torch.mm(x.to(weight.dtype), weight.t()))
+        out.copy_(torch.mm(_filled_up(x, weight.dtype), weight.t())[: len(out)])
     else:
         step = max(1, _WIDENED_ELEMENTS // weight.shape[1])
         buffer = _widening_buffer(min(step, weight.shape[0]) * weight.shape[1])
@@ -108,6 +111,14 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
         out.copy_(torch.mm(weight, x.t()).t())
     else:
         torch.mm(x, weight.t(), out=out)
+
+
+def _filled_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [n, in] in this type, with rows of zeros up to the next multiple of _ROWS_STEP."""
+    filled = torch.empty(-(-len(x) // _ROWS_STEP) * _ROWS_STEP, x.shape[1], dtype=dtype)
+    filled[: len(x)].copy_(x)
+    filled[len(x) :].zero_()
+    return filled
 
 
 def _widening_buffer(elements: int) -> Tensor:

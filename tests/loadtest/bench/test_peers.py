@@ -15,6 +15,7 @@ from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.peer_process import DRIVERS, PeerError, PeerProcess, PeerSpec, peer_spec
 from loadtest.bench.peers import TransformersPeer, tokens_equal
 from loadtest.bench.workload import Workload
+from tests.waiting import wait_until
 
 PROMPTS = [[1, 2], [3, 4]]
 VLLM = """
@@ -78,7 +79,7 @@ def test_peer_stands_still_between_runs_and_takes_its_children_along(start):
         """
     )
     child = psutil.Process(peer.run(PROMPTS, 1).tokens[0][0])
-    assert child.status() == psutil.STATUS_STOPPED
+    wait_until(lambda: child.status() == psutil.STATUS_STOPPED, 10, "a child that stands still")
     peer.close()
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 

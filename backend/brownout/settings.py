@@ -30,11 +30,11 @@ class Settings:
     #: Least similarity of the expert that takes an assignment over (`reroute` only, which does nothing at theta = 0: no
     #: expert is kept to take over).
     similarity_min: float = 0.0
+    #: What experts are ranked by to decide which are kept: their assignments, or the sum of their gate weights.
+    ranking: str = "count"
     #: Resident expert pool: hold at most this share of each layer's experts (at least one expert, and no more than there are
     #: slots for).
     resident_share: float = 1.0
-    #: What experts are ranked by to decide which are kept: their assignments, or the sum of their gate weights.
-    ranking: str = "count"
 
     def __post_init__(self) -> None:
         for name in ("threshold_prefill", "threshold_decode", "similarity_min", "resident_share"):

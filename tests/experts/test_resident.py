@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,10 +58,10 @@ class Layer:
         self.map.use_way(3)
         weights = ExpertWeights(num_slots + UNITED, HIDDEN, SIZE, torch.float32, torch.device("cpu"))
         weights.w13[num_slots:], weights.w2[num_slots:] = self.w13[EXPERTS:], self.w2[EXPERTS:]
-        sources = [(self.w13[e, :SIZE], self.w13[e, SIZE:], self.w2[e]) for e in range(EXPERTS)]
+        self.sources = [(self.w13[e, :SIZE], self.w13[e, SIZE:], self.w2[e]) for e in range(EXPERTS)]
         self.weights, self.mover = weights, LateMover()
         self.whole = ResidentPool(self.mover, reference, WAITS, None, prefetch=False, num_layers=1)
-        self.pool = self.whole.add_layer(weights, self.map, sources)
+        self.pool = self.whole.add_layer(weights, self.map, self.sources)
 
     @property
     def telemetry(self) -> ExpertTelemetry:
@@ -178,6 +180,31 @@ def test_past_loads_move_a_bounded_part_in_a_step() -> None:
     assert not layer.step(experts, browned).any(), "all that are used are there"
     layer.whole.between_steps(captured=False)
     assert layer.telemetry.prefetches == 4, "nothing is gained by moving more"
+
+
+def test_small_steps_predict_their_layers_in_turns_and_large_ones_all_by_some_rows() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def loads(hidden: Tensor, layer: int, distance: int) -> Tensor:
+        assert distance == 1, "of two distances the nearer one"
+        asked.append((layer, len(hidden)))
+        return torch.ones(EXPERTS)
+
+    predictor = SimpleNamespace(weights=dict.fromkeys([(1, 1), (2, 1), (2, 2)]), loads=loads)
+    pool = ResidentPool(LateMover(), reference, WAITS, predictor, prefetch=True, num_layers=3)
+    for part in (Layer(4), Layer(4), Layer(4)):
+        pool.add_layer(part.weights, part.map, part.sources)
+
+    def step(num_tokens: int) -> list[tuple[int, int]]:
+        asked.clear()
+        pool.between_steps(captured=False)
+        for layer in range(3):
+            pool.runs(layer, torch.zeros(num_tokens, HIDDEN))
+        return list(asked)
+
+    small = [step(4) for _ in range(16)]
+    assert max(map(len, small)) == 1 and sorted(chain.from_iterable(small)) == [(1, 4), (1, 4), (2, 4), (2, 4)]
+    assert [layer for layer, rows in step(1000) if 64 <= rows <= 128] == [1, 2]
 
 
 def test_failed_fetch_leaves_the_expert_missing_until_the_next_one() -> None:

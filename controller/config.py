@@ -58,6 +58,9 @@ class ControllerConfig(BaseModel):
     )
     mechanism: Literal[MECHANISMS] | None = Field(None, description="default: the level's, else the server's baseline")
     way: int | None = Field(None, ge=0, le=64, description="experts per united expert; default as for mechanism")
+    resident_share: float | None = Field(
+        None, ge=0, le=1, description="share of each layer's experts to hold while in charge; default: the server's"
+    )
     stale_after_s: float = Field(2.0, gt=0, description="older telemetry is unknown: hold")
     hand_back_after_s: float = Field(10.0, gt=0, description="hold for so long, then give the settings back")
     log: Path | None = Field(None, description="event log to append to, JSON lines")

@@ -28,7 +28,7 @@ def make_law(config: ControllerConfig, levels: Sequence[Level], model: StepModel
     floor_prefill, floor_decode = config.min_threshold_prefill, config.min_threshold_decode
     if config.law == "off":
         floor_prefill = floor_decode = 1.0
-    extra: dict[str, int | str] = {}
+    extra: dict[str, float | int | str] = {}
     if config.max_quality_loss is not None:
         usable = [level for level in levels if _fits(level, config)]
         if not usable:
@@ -47,6 +47,8 @@ def make_law(config: ControllerConfig, levels: Sequence[Level], model: StepModel
         extra["mechanism"] = config.mechanism
     if config.way is not None:
         extra["way"] = config.way
+    if config.resident_share is not None:
+        extra["resident_share"] = config.resident_share
     limits = Limits(config.ttft_slo_s, config.itl_slo_s, floor_prefill, floor_decode)
     if config.law == "predictive":
         law = Predictive(

@@ -40,6 +40,7 @@ _VALUES = [
     ("threshold_prefill", "<f8"),
     ("threshold_decode", "<f8"),
     ("similarity_min", "<f8"),
+    ("resident_share", "<f8"),
     ("way", "<i8"),
     ("mechanism", "S16"),
 ]
@@ -75,6 +76,7 @@ TELEMETRY = np.dtype(
         ("ways", "<u8"),  # bit w: united experts of way w are loaded; a way of 64 is bit 0
         ("similarity", "<i8"),
         ("missing_experts", "<i8"),
+        ("resident", "<i8"),
         ("settings_version", "<i8"),
         ("threshold_prefill", "<f8"),
         ("threshold_decode", "<f8"),
@@ -112,7 +114,7 @@ TELEMETRY = np.dtype(
         ("expert_layers_redone", "<i8"),
         ("expert_plan_changes", "<i8"),
         ("expert_bytes_exchanged", "<i8"),
-        ("expert_gb_s", "<f8"),
+        ("expert_slot_byte_s", "<f8"),
         ("num_layers", "<i8"),
         ("active_slots", "<f4", (MAX_LAYERS,)),
         ("prefill_step_counts", "<u8", (NUM_BUCKETS,)),

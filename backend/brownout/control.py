@@ -11,7 +11,7 @@ import numpy as np
 from backend.brownout.block import SETTINGS, Block, BlockError
 from backend.brownout.settings import Settings
 
-_VALUE_NAMES = ("threshold_prefill", "threshold_decode", "similarity_min", "way")
+_VALUE_NAMES = ("threshold_prefill", "threshold_decode", "similarity_min", "resident_share", "way")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,12 @@ class Settings:
     similarity_min: float = 0.0
     #: What experts are ranked by to decide which are kept: their assignments, or the sum of their gate weights.
     ranking: str = "count"
+    #: Resident expert pool: hold at most this share of each layer's experts (at least one expert, and no more than there are
+    #: slots for).
+    resident_share: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("threshold_prefill", "threshold_decode", "similarity_min"):
+        for name in ("threshold_prefill", "threshold_decode", "similarity_min", "resident_share"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} must be between 0 and 1, got {value}")
@@ -63,6 +66,8 @@ class Available:
     similarity: bool = False
     #: Whether united experts stand in for experts that are not on the device, which `piggyback` and `top_k` know nothing of.
     missing_experts: bool = False
+    #: Whether there is a resident expert pool.
+    resident: bool = False
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
@@ -88,6 +93,11 @@ class Available:
             raise ConfigError(
                 f"mechanism {settings.mechanism} cannot stand in for missing experts (parameters expert_pool resident and "
                 f"expert_miss united); available mechanisms are {', '.join(self.mechanisms)}"
+            )
+        if settings.resident_share < 1 and not self.resident:
+            raise ConfigError(
+                f"resident_share {settings.resident_share:g} needs a resident expert pool (parameter expert_pool resident); "
+                "without one it can only be 1"
             )
         return settings.way or max(self.ways, default=0)
 

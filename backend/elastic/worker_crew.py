@@ -31,7 +31,6 @@ _ATTEMPTS = 3
 _RETRY_S = (0.0, 1.0, 5.0, 30.0)
 #: Seconds between two replacements of slow workers.
 _RELIEF_PERIOD_S = 60.0
-_GB = 1e9
 
 
 class WorkerHandle(Protocol):
@@ -195,7 +194,7 @@ class WorkerCrew:
         """Charge what the workers have held since the last call: memory × time, as serverless functions are billed."""
         now = time.monotonic()
         held = int(self.holders.counts.sum()) * self.shape.expert_bytes
-        self._telemetry.gb_s += held / _GB * (now - self._metered_s)
+        self._telemetry.slot_byte_s += held * (now - self._metered_s)
         self._metered_s = now
 
     def _make_plan(self, loads: np.ndarray | None = None, capacity: int | None = None) -> Plan:

@@ -77,6 +77,7 @@ class Engine:
         #: Whether a step is launched before the tokens of the one before it are known.
         self.overlap = resolve_async_scheduling(config, self.runner.device)
         self._ahead: _Step | None = None
+        self._started_s = time.monotonic()
 
     def close(self) -> None:
         """End what runs beside the engine: expert workers."""
@@ -257,8 +258,10 @@ class Engine:
 
     def expert_telemetry(self) -> ExpertTelemetry:
         """What the expert pool has done since the start; cheap."""
-        pool = self.runner.model.pool
-        return ExpertTelemetry() if pool is None else pool.telemetry()
+        model = self.runner.model
+        if model.pool is not None:
+            return model.pool.telemetry()
+        return ExpertTelemetry(slot_byte_s=model.resident_bytes() * (time.monotonic() - self._started_s))
 
     def _book(self, schedule: Schedule, browned: tuple[bool, ...]) -> list[Sequence]:
         """Record what is computed once the device has come so far; all tokens that go into it are known.

@@ -19,6 +19,7 @@ from backend.engine.request import Request
 from backend.engine.sampling_params import SamplingParams
 from backend.engine.scheduler import Schedule
 from backend.errors import ConfigError
+from backend.experts.resident import ResidentPool
 from backend.kernels import check_attention, has_triton
 from backend.kernels.transfer import HostCopy
 from backend.models import load_model
@@ -62,6 +63,7 @@ class ModelRunner:
             self.model.ways,
             all(block.similarity is not None for block in self.model.moe_blocks),
             self.model.pool is not None and not self.model.pool.always_waits,
+            isinstance(self.model.pool, ResidentPool),
         )
         if config.widen_experts > 1:
             self.model.widen_experts(config.widen_experts)
@@ -175,6 +177,8 @@ class ModelRunner:
         if pool is not None and not settings.dims and not settings.way:
             way = min(self.model.ways, default=0)  # only missing experts are replaced: by the most exact ones
         table = self._thresholds_table(settings, way)
+        if isinstance(pool, ResidentPool):
+            pool.use_share(settings.resident_share)
         self.model.set_thresholds(table)
         #: For each token class whether experts may be replaced in some layer.
         self.browned_classes = tuple(min(column) < 1.0 for column in zip(*table, strict=True))

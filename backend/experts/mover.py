@@ -10,6 +10,9 @@ from typing import Protocol
 
 import torch
 
+#: A ThreadMover copies up to so much at once: some tens of microseconds.
+AT_ONCE_BYTES = 2**19
+
 
 class Move(Protocol):
     """A copy that has been started."""
@@ -22,10 +25,10 @@ class Move(Protocol):
 
 
 class Mover(Protocol):
-    """Starts copies; they end in the order of their start."""
+    """Starts copies of weights."""
 
-    def start(self, copy: Callable[[], None]) -> Move:
-        """Run `copy` beside what the caller does next."""
+    def start(self, copy: Callable[[], None], num_bytes: int) -> Move:
+        """Run `copy`, which copies so much, beside what the caller does next."""
 
 
 def mover_for(device: torch.device) -> Mover:
@@ -54,17 +57,23 @@ class _ThreadMove:
 
 
 class ThreadMover:
-    """One thread; torch lets go of the interpreter while it copies. The thread ends with the mover."""
+    """One thread, which makes one copy after the other and ends with the mover; numpy lets go of the interpreter meanwhile.
+
+    What is copied sooner than a thread is woken, on cores that all compute, is copied at once.
+    """
 
     def __init__(self) -> None:
         self._moves: queue.SimpleQueue[_ThreadMove | None] = queue.SimpleQueue()
         threading.Thread(target=_run_all, args=(self._moves,), name="expert mover", daemon=True).start()
         weakref.finalize(self, self._moves.put, None)
 
-    def start(self, copy: Callable[[], None]) -> Move:
+    def start(self, copy: Callable[[], None], num_bytes: int) -> Move:
         """See Mover."""
         move = _ThreadMove(copy)
-        self._moves.put(move)
+        if num_bytes <= AT_ONCE_BYTES:
+            move.run()
+        else:
+            self._moves.put(move)
         return move
 
 
@@ -90,7 +99,7 @@ class StreamMover:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, copy: Callable[[], None]) -> Move:
+    def start(self, copy: Callable[[], None], num_bytes: int) -> Move:
         """See Mover."""
         # What still reads the slot has been launched before.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
+import numpy as np
 import torch
 from torch import Tensor
 
+_LIBC = ctypes.CDLL(None)
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -50,13 +56,36 @@ class ExpertWeights:
 
     def put(self, slot: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Copy an expert's gate and up [I, M] and down [M, I], not widened and from any device, into a slot."""
-        times = self.expert_size // len(gate)
-        if times > 1:
-            gate, up = gate.repeat_interleave(times, dim=0), up.repeat_interleave(times, dim=0)
-            down = (down.to(self.w2.dtype) / times).repeat_interleave(times, dim=1)
-        self.gate(slot).copy_(gate, non_blocking=True)
-        self.up(slot).copy_(up, non_blocking=True)
-        self.down(slot).copy_(down, non_blocking=True)
+        times, size = self.expert_size // len(gate), len(gate)
+        parts = [
+            (self.gate(slot).unflatten(0, (size, times)), gate.unsqueeze(1)),
+            (self.up(slot).unflatten(0, (size, times)), up.unsqueeze(1)),
+            (
+                self.down(slot).unflatten(1, (size, times)),
+                (down if times == 1 else down.to(self.w2.dtype) / times).unsqueeze(2),
+            ),
+        ]
+        for place, part in parts:
+            if place.device.type == part.device.type == "cpu" and place.dtype == part.dtype:
+                # torch would have all cores help, which the running step needs.
+                np.copyto(_bits(place), _bits(part))
+            else:
+                place.copy_(part, non_blocking=True)
+
+    def release(self, slots: slice) -> None:
+        """Give the memory of these slots back to the system until they are filled again; what was in them is lost.
+
+        On a CPU under Linux only: a CUDA device's memory stays allocated.
+        """
+        for part in (self.w13[slots], self.w2[slots]):
+            if part.device.type == "cpu" and sys.platform == "linux":
+                first, last = -(-part.data_ptr() // mmap.PAGESIZE), (part.data_ptr() + part.nbytes) // mmap.PAGESIZE
+                if last > first:
+                    _LIBC.madvise(
+                        ctypes.c_void_p(first * mmap.PAGESIZE),
+                        ctypes.c_size_t((last - first) * mmap.PAGESIZE),
+                        mmap.MADV_DONTNEED,
+                    )
 
     @property
     def slot_bytes(self) -> int:
@@ -74,6 +103,11 @@ class ExpertWeights:
     def down(self, slot: int) -> Tensor:
         """View [M, I] of a slot's down projection."""
         return self.w2[slot]
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory; numpy knows no bfloat16."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
 
 
 def _quantized(weights: Tensor) -> tuple[Tensor, Tensor]:

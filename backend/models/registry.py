@@ -20,6 +20,7 @@ from backend.elastic.ray_workers import RayHost
 from backend.elastic.worker_pool import WorkerPool
 from backend.engine.request import NEVER
 from backend.errors import ConfigError
+from backend.experts.mover import mover_for
 from backend.experts.options import PoolOptions
 from backend.experts.resident import ResidentPool
 from backend.models import dummy, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -148,7 +149,8 @@ def _use_pool(model: MoeModel, options: PoolOptions, absent: Mapping[str, Tensor
     if model.device.type == "cuda":
         absent = {name: tensor.to(model.dtype).pin_memory() for name, tensor in absent.items()}
     waits = [options.expert_miss == "wait" or index >= NEVER for index in range(len(TOKEN_CLASSES))]
-    pool = ResidentPool(model.device, model.kernels, waits, predictor, options.expert_prefetch != "none")
+    mover, prefetch = mover_for(model.device), options.expert_prefetch != "none"
+    pool = ResidentPool(mover, model.kernels, waits, predictor, prefetch, len(model.moe_blocks))
     model.use_pool(pool, absent)
 
 

@@ -32,7 +32,7 @@ from backend.serving.triton_parameters import client_parameters
 log = logging.getLogger(__name__)
 
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
-VALUE_KEYS = ("threshold_prefill", "threshold_decode", "level", "way", "mechanism", "similarity_min")
+VALUE_KEYS = ("threshold_prefill", "threshold_decode", "level", "way", "mechanism", "similarity_min", "resident_share")
 #: threshold_floor: how far the owner may still dim; engines refuse early only what even that would not save.
 KEYS = (*VALUE_KEYS, "threshold_floor", "owner", "lease_s", "token")
 DEFAULT_OWNER = "operator"
@@ -54,7 +54,7 @@ class Change:
 def parse_values(parameters: Mapping[str, object], levels: Sequence[Level]) -> dict[str, float | int | str]:
     """Values for Settings from parameters; a level is taken apart. Raises InvalidRequestError, naming key and range."""
     values: dict[str, float | int | str] = {}
-    for name in ("threshold_prefill", "threshold_decode", "similarity_min"):
+    for name in ("threshold_prefill", "threshold_decode", "similarity_min", "resident_share"):
         if name in parameters:
             values[name] = _number(name, parameters[name], 0.0, 1.0)
     if "way" in parameters:
@@ -68,7 +68,7 @@ def parse_values(parameters: Mapping[str, object], levels: Sequence[Level]) -> d
             raise InvalidRequestError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {_show(mechanism)}")
         values["mechanism"] = str(mechanism)
     if "level" in parameters:
-        both = sorted(values.keys() - {"similarity_min"})
+        both = sorted(values.keys() - {"similarity_min", "resident_share"})
         if both:
             raise InvalidRequestError(f"level sets {both[0]} itself: give one of the two")
         index = _whole("level", parameters["level"])
@@ -175,6 +175,7 @@ class ControlPlane:
             tuple(sorted(ways)),
             all(one.similarity for one in available) and bool(available),
             any(one.missing_experts for one in available),
+            all(one.resident for one in available) and bool(available),
         )
         return {
             "time_s": now,
@@ -188,6 +189,7 @@ class ControlPlane:
             "available": {
                 "ways": list(everywhere.ways),
                 "mechanisms": list(everywhere.mechanisms),
+                "resident_share": everywhere.resident,
                 "levels": [_level(index, level) for index, level in enumerate(self._levels)],
             },
             "buckets": {"first_s": FIRST_S, "ratio": RATIO, "count": NUM_BUCKETS},
@@ -206,11 +208,12 @@ class ControlPlane:
 def _available(section: np.void) -> Available:
     bits = int(section["ways"])
     ways = [way for way in range(2, 64) if bits >> way & 1] + ([64] if bits & 1 else [])
-    return Available(tuple(ways), bool(section["similarity"]), bool(section["missing_experts"]))
+    flags = (bool(section[name]) for name in ("similarity", "missing_experts", "resident"))
+    return Available(tuple(ways), *flags)
 
 
 def _values(settings: Settings) -> dict[str, object]:
-    names = ("threshold_prefill", "threshold_decode", "mechanism", "way", "similarity_min")
+    names = ("threshold_prefill", "threshold_decode", "mechanism", "way", "similarity_min", "resident_share")
     return {name: getattr(settings, name) for name in names}
 
 
@@ -224,7 +227,7 @@ def _engine(index: int, section: np.void) -> dict[str, object]:
     num_layers, num_steps = int(section["num_layers"]), int(section["num_steps"])
     for name in section.dtype.names:
         value = section[name]
-        if name in ("ways", "similarity", "missing_experts"):
+        if name in ("ways", "similarity", "missing_experts", "resident"):
             continue
         if name == "active_slots":
             entry[name] = value[:num_layers].tolist()

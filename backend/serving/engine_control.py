@@ -50,6 +50,7 @@ class EngineControl:
         available = engine.available
         row["ways"] = sum(1 << (way % 64) for way in available.ways)
         row["similarity"], row["missing_experts"] = available.similarity, available.missing_experts
+        row["resident"] = available.resident
         # Views of the record's arrays: writing through them is cheaper than by name each step.
         self._steps, self._prefill, self._decode = row["steps"], row["prefill_step_counts"], row["decode_step_counts"]
         self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
@@ -179,11 +180,11 @@ class EngineControl:
         row["resident_share"] = experts.resident_share
         row["expert_misses"], row["expert_stalls"] = experts.misses, experts.stalls
         row["expert_stall_s"], row["expert_bytes_moved"] = experts.stall_s, experts.bytes_moved
+        row["expert_slot_byte_s"] = experts.slot_byte_s
         row["expert_prefetches"], row["expert_prefetch_hits"] = experts.prefetches, experts.prefetch_hits
         row["expert_workers"], row["expert_layers_redone"] = experts.workers, experts.redone
         row["expert_workers_lost"], row["expert_workers_relieved"] = experts.workers_lost, experts.workers_relieved
         row["expert_plan_changes"], row["expert_bytes_exchanged"] = experts.plan_changes, experts.bytes_exchanged
-        row["expert_gb_s"] = experts.gb_s
         if now >= self._next_usage_s and engine.has_work:
             self._next_usage_s = now + _USAGE_PERIOD_S
             stats = engine.stats()

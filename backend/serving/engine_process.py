@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -231,7 +231,7 @@ class EngineServer:
         client.socket.send(encode(Outputs(tokens, ended, self._engine.settings.version)))
 
     def _send_stats(self) -> None:
-        stats, experts = self._engine.stats(), self._engine.expert_telemetry()
+        stats = self._engine.stats()
         for client in self._clients.values():
             running = len(client.started)
             message = Stats(
@@ -245,17 +245,7 @@ class EngineServer:
                 threshold_decode=self._engine.settings.threshold_decode,
                 active_slots=stats.active_slots,
                 united_share=stats.united_share,
-                resident_share=experts.resident_share,
-                expert_misses=experts.misses,
-                expert_stalls=experts.stalls,
-                expert_prefetch_hits=experts.prefetch_hits,
-                expert_bytes_moved=experts.bytes_moved,
-                expert_workers=experts.workers,
-                expert_workers_replaced=experts.workers_lost + experts.workers_relieved,
-                expert_layers_redone=experts.redone,
-                expert_plan_changes=experts.plan_changes,
-                expert_bytes_exchanged=experts.bytes_exchanged,
-                expert_gb_s=experts.gb_s,
+                experts=asdict(self._engine.expert_telemetry()),
             )
             client.socket.send(encode(message))
 

@@ -83,6 +83,25 @@ _E2E_BUCKETS = [
     120.0,
     300.0,
 ]
+#: By field of ExpertTelemetry.
+_EXPERT_TOTALS = {
+    "assignments": ("moe_expert_assignments_total", "Assignments of tokens to experts that the expert pool has booked"),
+    "misses": ("moe_expert_misses_total", "Assignments served by others because their expert was missing"),
+    "stalls": ("moe_expert_stalls_total", "MoE layers of steps that waited for weights"),
+    "stall_s": ("moe_expert_stall_seconds_total", "Time that steps waited for weights"),
+    "prefetches": ("moe_expert_prefetches_total", "Experts fetched ahead"),
+    "prefetch_hits": ("moe_expert_prefetch_hits_total", "Experts fetched ahead that were then used"),
+    "bytes_moved": ("moe_expert_moved_bytes_total", "Bytes of weights copied into slots"),
+    "slot_byte_s": ("moe_expert_slot_byte_seconds_total", "Bytes of the slots for experts in use, times seconds"),
+    "workers_lost": ("moe_expert_workers_lost_total", "Expert workers that ended or did not answer"),
+    "workers_relieved": (
+        "moe_expert_workers_relieved_total",
+        "Expert workers that were too slow and had others take their place",
+    ),
+    "redone": ("moe_expert_layers_redone_total", "MoE layers of which a lost worker's part was done again"),
+    "plan_changes": ("moe_expert_plan_changes_total", "Changes of what expert workers hold"),
+    "bytes_exchanged": ("moe_expert_exchanged_bytes_total", "Bytes of tokens and results to and from workers"),
+}
 
 
 class Metrics:
@@ -147,32 +166,10 @@ class Metrics:
             "resident": family(
                 "moe_resident_expert_ratio", "Experts whose weights are on the device / all", kinds.GAUGE
             ),
-            "misses": family(
-                "moe_expert_misses_total",
-                "Assignments served by others because their expert was missing",
-                kinds.COUNTER,
-            ),
-            "stalls": family("moe_expert_stalls_total", "MoE layers of steps that waited for weights", kinds.COUNTER),
-            "prefetch_hits": family(
-                "moe_expert_prefetch_hits_total", "Experts fetched ahead that were then used", kinds.COUNTER
-            ),
-            "moved": family("moe_expert_moved_bytes_total", "Bytes of weights copied into slots", kinds.COUNTER),
             "workers": family("moe_expert_workers", "Expert workers that take part", kinds.GAUGE),
-            "replaced": family(
-                "moe_expert_workers_replaced_total", "Expert workers that were lost or too slow", kinds.COUNTER
-            ),
-            "redone": family(
-                "moe_expert_layers_redone_total",
-                "MoE layers of which a lost worker's part was done again",
-                kinds.COUNTER,
-            ),
-            "plans": family("moe_expert_plan_changes_total", "Changes of what expert workers hold", kinds.COUNTER),
-            "exchanged": family(
-                "moe_expert_exchanged_bytes_total", "Bytes of tokens and results to and from workers", kinds.COUNTER
-            ),
-            "memory": family(
-                "moe_expert_memory_byte_seconds_total", "Memory of the experts that workers hold × time", kinds.COUNTER
-            ),
+            **{
+                field: family(name, description, kinds.COUNTER) for field, (name, description) in _EXPERT_TOTALS.items()
+            },
             "threshold": family("moe_brownout_threshold", "Brownout threshold in force", kinds.GAUGE),
         }
         self._metrics: dict[tuple[str, str], object] = {}
@@ -230,17 +227,10 @@ class Metrics:
             self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
             self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
             self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
-            self._metric("resident").set(sum(s.resident_share for s in stats) / len(stats))
-            self._raise_to("misses", sum(s.expert_misses for s in stats))
-            self._raise_to("stalls", sum(s.expert_stalls for s in stats))
-            self._raise_to("prefetch_hits", sum(s.expert_prefetch_hits for s in stats))
-            self._raise_to("moved", sum(s.expert_bytes_moved for s in stats))
-            self._metric("workers").set(sum(s.expert_workers for s in stats))
-            self._raise_to("replaced", sum(s.expert_workers_replaced for s in stats))
-            self._raise_to("redone", sum(s.expert_layers_redone for s in stats))
-            self._raise_to("plans", sum(s.expert_plan_changes for s in stats))
-            self._raise_to("exchanged", sum(s.expert_bytes_exchanged for s in stats))
-            self._raise_to("memory", sum(s.expert_gb_s for s in stats) * 1e9)
+            self._metric("resident").set(sum(s.experts["resident_share"] for s in stats) / len(stats))
+            self._metric("workers").set(sum(s.experts["workers"] for s in stats))
+            for field in _EXPERT_TOTALS:
+                self._raise_to(field, sum(s.experts[field] for s in stats))
             self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
             self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
 

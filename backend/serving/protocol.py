@@ -103,17 +103,8 @@ class Stats(msgspec.Struct, tag=True):
     threshold_decode: float
     active_slots: float
     united_share: float
-    resident_share: float = 1.0
-    expert_misses: int = 0
-    expert_stalls: int = 0
-    expert_prefetch_hits: int = 0
-    expert_bytes_moved: int = 0
-    expert_workers: int = 0
-    expert_workers_replaced: int = 0
-    expert_layers_redone: int = 0
-    expert_plan_changes: int = 0
-    expert_bytes_exchanged: int = 0
-    expert_gb_s: float = 0.0
+    #: ExpertTelemetry by field.
+    experts: dict[str, float]
 
 
 ToEngine = Hello | Bye | Submit | Abort | Served

@@ -39,6 +39,7 @@ values = st.builds(
     mechanism=st.sampled_from(MECHANISMS),
     way=st.sampled_from([0, 2, 8, 64]),
     similarity_min=st.floats(0, 1),
+    resident_share=st.floats(0, 1),
 )
 
 

@@ -12,6 +12,7 @@ from backend.errors import ConfigError
         ({"threshold_prefill": 1.5}, "threshold_prefill must be between 0 and 1, got 1.5"),
         ({"threshold_decode": float("nan")}, "threshold_decode must be between 0 and 1, got nan"),
         ({"similarity_min": -0.1}, "similarity_min must be between 0 and 1"),
+        ({"resident_share": 1.1}, "resident_share must be between 0 and 1, got 1.1"),
         ({"mechanism": "merge"}, "mechanism must be one of united, reroute, .* got 'merge'"),
         ({"ranking": "size"}, "ranking must be one of count, gate_mass, got 'size'"),
         ({"way": 1}, "way must be 0 .* or from 2 to 64, got 1"),
@@ -39,6 +40,12 @@ def test_what_is_loaded_decides_what_can_be_followed():
     for settings in (Settings(threshold_decode=0.0), Settings(way=8), Settings(mechanism="reroute")):
         with pytest.raises(ConfigError, match="loaded"):
             bare.way_of(settings)
+
+
+def test_fewer_resident_experts_need_a_resident_pool():
+    assert Available((2,), resident=True).way_of(Settings(resident_share=0.5)) == 2
+    with pytest.raises(ConfigError, match=r"resident_share 0.5 needs a resident expert pool \(parameter expert_pool"):
+        Available((2,)).way_of(Settings(resident_share=0.5))
 
 
 def test_mechanisms_that_choose_by_token_are_refused_where_experts_may_be_missing():

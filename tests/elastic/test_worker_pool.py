@@ -88,9 +88,9 @@ def test_workers_make_what_one_place_makes_and_their_memory_is_metered(cluster: 
     assert found.workers_lost == found.redone == found.bytes_moved == 0
     assert found.bytes_exchanged > 0 and found.resident_share == 1.0 and found.workers == 2
     assert found.assignments == 50 * TOP_K * LAYERS
-    before, gb_s = time.monotonic(), found.gb_s
+    before, byte_s = time.monotonic(), found.slot_byte_s
     time.sleep(0.05)
-    spent = (cluster.pool.telemetry().gb_s - gb_s) / (LAYERS * EXPERTS * EXPERT_BYTES / 1e9)
+    spent = (cluster.pool.telemetry().slot_byte_s - byte_s) / (LAYERS * EXPERTS * EXPERT_BYTES)
     assert 0.05 <= spent <= time.monotonic() - before + 0.5
     cluster.pool.forget_counts()
     assert cluster.pool.telemetry().assignments == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,44 @@ def test_tokens_are_the_local_pools_where_every_miss_waits(local, overrides):
     assert (found.prefetches > 0) == (overrides.get("expert_prefetch") != "none")
 
 
+@pytest.mark.parametrize(("overrides", "sampling"), [({"expert_miss": "wait"}, {}), ({}, {"brownout": "never"})])
+def test_tokens_stay_the_same_when_the_share_of_resident_experts_changes_while_they_are_made(
+    local, overrides, sampling
+):
+    engine = make_engine(expert_pool="resident", resident_experts="0.9", **overrides)
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(make_request(i, prompt, 16, **sampling))
+    found: dict[object, list[int]] = {}
+    slots, most, version = engine.runner.model.pool.ledger.slot_of.shape[1], 0, 0
+    while engine.has_work:
+        version += 1
+        share = (0.25, 0.9, 0.0, 0.5)[version % 4]
+        engine.set_settings(Settings(version=version, resident_share=share))
+        for event in engine.step():
+            found.setdefault(event.request_id, []).append(event.token_id)
+        resident = engine.expert_telemetry().resident_share
+        assert resident <= max(share, 1 / slots)
+        most = max(most, resident)
+    assert found == local
+    assert most > 0.5, "it grows again, too"
+    assert engine.expert_telemetry().stalls > 0 and engine.expert_telemetry().misses == 0
+
+
+def test_fewer_resident_experts_leave_more_to_united_ones_from_the_next_step_on():
+    engine = make_engine(expert_pool="resident", resident_experts="0.75")
+    shares = []
+    for version, share in enumerate((1.0, 0.25, 1.0), 1):
+        before = engine.expert_telemetry()
+        engine.set_settings(Settings(version=version, resident_share=share))
+        run(engine, [make_request((version, i), prompt[:-1], 24) for i, prompt in enumerate(PROMPTS)])
+        after = engine.expert_telemetry()
+        assert after.resident_share == pytest.approx(min(share, 0.75), abs=0.01)
+        shares.append((after.misses - before.misses) / (after.assignments - before.assignments))
+    assert shares[0] < 0.5 * shares[1] and shares[2] < 0.7 * shares[1]
+    with pytest.raises(ConfigError, match=r"resident_share 0\.5 needs a resident expert pool"):
+        make_engine().set_settings(Settings(version=4, resident_share=0.5))
+
+
 def test_never_requests_are_exact_beside_others_that_united_experts_serve(local):
     engine = make_engine(expert_pool="resident")
     requests = [make_request(i, p, 16, brownout="never" if i % 4 == 0 else "auto") for i, p in enumerate(PROMPTS)]
@@ -64,7 +103,9 @@ def test_never_requests_are_exact_beside_others_that_united_experts_serve(local)
     found = engine.expert_telemetry()
     assert found.misses > 0 and found.stalls > 0
     engine.runner.model.pool.forget_counts()
-    assert engine.expert_telemetry() == ExpertTelemetry(resident_share=found.resident_share)
+    left = engine.expert_telemetry()
+    assert replace(left, slot_byte_s=0) == ExpertTelemetry(resident_share=found.resident_share)
+    assert left.slot_byte_s < found.slot_byte_s
     # The same prompts again: what the cache holds from the others is not pristine.
     again = run(engine, [make_request((i, "never"), p, 16, brownout="never") for i, p in enumerate(PROMPTS)])
     assert {i: ids(events) for (i, _), events in again.items()} == local

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 
 from backend.experts.weight_store import ExpertWeights
@@ -60,3 +62,16 @@ def test_appended_slots_come_last() -> None:
     w13, w2 = torch.randn(3, 10, 8), torch.randn(3, 8, 5)
     assert store.append(w13, w2) == slice(2, 5)
     assert torch.equal(store.w13[:2], first) and torch.equal(store.w13[2:], w13) and torch.equal(store.w2[2:], w2)
+
+
+def test_released_slots_lose_their_memory_and_can_be_filled_again() -> None:
+    weights = ExpertWeights(8, 64, 128, torch.float32, torch.device("cpu"))
+    for part in (weights.w13, weights.w2):
+        part.fill_(1.0)
+    weights.release(slice(2, 6))
+    left = weights.w13[2:6].flatten(), weights.w2[2:6].flatten()
+    page = mmap.PAGESIZE // 4
+    assert all((part[page:-page] == 0).all() for part in left), "pages that have gone read as zeros"
+    assert all((part[[0, 1, 6, 7]] == 1).all() for part in (weights.w13, weights.w2))
+    weights.put(3, *(torch.full(shape, 2.0) for shape in ((128, 64), (128, 64), (64, 128))))
+    assert (weights.w13[3] == 2).all() and (weights.w2[3] == 2).all()

@@ -72,6 +72,17 @@ def test_a_call_sets_and_tells(plane: ControlPlane, block: Block) -> None:
     assert json.loads(json.dumps(status)) == status
 
 
+def test_the_share_of_resident_experts_is_set_where_there_is_a_pool(plane: ControlPlane, block: Block) -> None:
+    assert plane.call({"resident_share": 1})["available"]["resident_share"] is False
+    record = np.zeros(1, TELEMETRY)
+    record["ways"], record["resident"] = 1 << 2 | 1 << 4, 1
+    block.write_telemetry(0, record)
+    status = plane.call({"resident_share": "0.25", "level": 1})
+    assert (status["settings"]["resident_share"], status["settings"]["way"]) == (0.25, 4)
+    assert status["available"]["resident_share"] is True
+    assert Lease.read(block).values.resident_share == 0.25
+
+
 def test_values_that_are_not_given_stay(plane: ControlPlane) -> None:
     plane.call({"threshold_prefill": 0.5})
     settings = plane.call({"threshold_decode": 0.25})["settings"]
@@ -90,6 +101,8 @@ def test_a_level_is_a_set_of_values(plane: ControlPlane) -> None:
         ({"threshold_decode": "nan"}, "threshold_decode must be a number"),
         ({"threshold_decode": True}, "threshold_decode must be a number"),
         ({"similarity_min": "high"}, "similarity_min must be a number from 0 to 1, got 'high'"),
+        ({"resident_share": 2}, "resident_share must be a number from 0 to 1, got 2"),
+        ({"resident_share": 0.5}, "resident_share 0.5 needs a resident expert pool"),
         ({"way": 2.5}, "way must be a whole number"),
         ({"way": 1}, "way must be 0 .* or from 2 to 64"),
         ({"way": 8}, "way 8 is not loaded; loaded ways are 2, 4"),

@@ -1,9 +1,11 @@
 """What reaches Triton's metrics is what happened."""
 
 import statistics
+from dataclasses import asdict
 
 import pytest
 
+from backend.experts.resident import ExpertTelemetry
 from backend.serving.metrics import MAX_ITL_OBSERVATIONS, Metrics, thin
 from backend.serving.protocol import Stats
 
@@ -57,6 +59,7 @@ def make_stats(**overrides) -> Stats:
         "threshold_decode": 1.0,
         "active_slots": 0.0,
         "united_share": 0.0,
+        "experts": asdict(ExpertTelemetry()),
     }
     return Stats(**{**values, **overrides})
 
@@ -94,11 +97,14 @@ def test_expert_pool_is_reported():
     pb_utils = FakePbUtils()
     metrics = Metrics(pb_utils, "moe_llm", "1", engine_wide=True)
     for misses in (3, 10):
-        counts = {"expert_misses": misses, "expert_stalls": 2, "expert_prefetch_hits": 4, "expert_bytes_moved": 5000}
-        metrics.flush([make_stats(resident_share=0.5, **counts), make_stats()])
+        experts = ExpertTelemetry(
+            0.5, misses, 2, 0.25, prefetches=6, prefetch_hits=4, bytes_moved=5000, slot_byte_s=1e9
+        )
+        metrics.flush([make_stats(experts=asdict(experts)), make_stats()])
     names = ("resident_expert_ratio", "expert_misses_total", "expert_stalls_total", "expert_prefetch_hits_total")
     assert [pb_utils.metrics[f"moe_{name}",].value for name in names] == [0.75, 10, 2, 4]
-    assert pb_utils.metrics["moe_expert_moved_bytes_total",].value == 5000
+    names = ("moved_bytes_total", "stall_seconds_total", "prefetches_total", "slot_byte_seconds_total")
+    assert [pb_utils.metrics[f"moe_expert_{name}",].value for name in names] == [5000, 0.25, 6, 1e9]
 
 
 def test_only_one_model_reports_what_the_engine_shares():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from backend.elastic.cost_model import CostModel
@@ -11,7 +12,11 @@ from backend.elastic.policies import ElasticOptions, Service, plan_layer
 from backend.elastic.united import split
 
 #: Assignments after which half of what is known of an expert's share has been replaced by newer steps.
-_MEMORY = 4000.0
+_MEMORY = 40_000.0
+#: Seconds in which what is known of the largest step fades to 1 / e.
+_PEAK_MEMORY_S = 1.0
+#: Share of a large step's assignments that a usual one is taken to have before anything was served.
+_USUAL = 0.1
 #: Expected assignments in a step below which an expert counts as idle; with united experts to fall back on, rarer ones do.
 _IDLE, _IDLE_WITH_UNITED = 0.01, 0.5
 
@@ -61,6 +66,8 @@ class ElasticPolicy:
         self._arrives: dict[Copy, float] = {}
         self._shares = [0.0] * num_experts
         self._seen: Sequence[float] | None = None
+        #: Assignments of the largest recent step, and when that was known.
+        self._largest, self._largest_at = 0.0, 0.0
         #: Experts that the last plan has; with united experts to fall back on, others are not used and expire.
         self._planned: frozenset[int] = frozenset()
         self._next_plan_at = 0.0
@@ -72,7 +79,8 @@ class ElasticPolicy:
         """Start warm at time 0, as deployed for earlier `loads` [E], with copies for a step of so many assignments."""
         total = sum(loads)
         self._shares = [load / total for load in loads]
-        plan = self._make_plan(self._worth_keeping(assignments))
+        self._largest = assignments
+        plan = self._make_plan(self._worth_keeping(assignments), _USUAL)
         self.functions.commit(self.functions.prepare(sorted(plan.copies), 0.0), 0.0)
 
     def expect(self, predicted: Sequence[float] | None, now: float) -> None:
@@ -93,8 +101,12 @@ class ElasticPolicy:
             self._fetch(loads, now)
         weight = total / (total + _MEMORY)
         self._shares = [old + weight * (load / total - old) for old, load in zip(self._shares, loads, strict=True)]
+        fading = math.exp((self._largest_at - now) / _PEAK_MEMORY_S)
+        self._largest, self._largest_at = max(total, self._largest * fading), now
         if now >= self._next_plan_at:
-            self._plan(self._worth_keeping(total), now)
+            # Which experts to keep is a matter of this step, how many copies and where of the steps that last longest.
+            usual = total / self._largest
+            self._plan([load / usual for load in self._worth_keeping(total)], now, usual)
 
     def serve(self, counts: Sequence[float], now: float) -> Service:
         """Run on what is warm; wait for what is not, or (brownout) let united experts serve it."""
@@ -149,19 +161,22 @@ class ElasticPolicy:
             carried += loads[expert]
         return kept
 
-    def _plan(self, loads: Sequence[float], now: float) -> None:
-        """Scale and place for smoothed loads unless the copies in memory serve them well enough; start the loads."""
+    def _plan(self, loads: Sequence[float], now: float, usual: float) -> None:
+        """Scale and place for smoothed loads unless the copies in memory serve them well enough; start the loads.
+
+        `loads` are those of a large step, of which a usual one has the share `usual`.
+        """
         self._planned = frozenset(expert for expert, load in enumerate(loads) if load)
         if self._suffices(loads, frozenset(self.functions.copies())):
             return
-        plan = self._make_plan(loads)
+        plan = self._make_plan(loads, usual)
         self.plans += 1
         begin = now + self.cost.planning_s
         self._load(sorted(plan.copies), begin)
         # Transfers take at most about half of the links' time: the rest is for experts that a step waits for.
         self._next_plan_at = now + max(self.options.replan_s, 2 * (self.links.free_at() - begin))
 
-    def _make_plan(self, loads: Sequence[float]) -> Placement:
+    def _make_plan(self, loads: Sequence[float], usual: float) -> Placement:
         room = sum(self.functions.capacity)
         if sum(load > 0 for load in loads) > room:
             # More active experts than fit: the heaviest are planned for, the others load when they are needed.
@@ -169,7 +184,7 @@ class ElasticPolicy:
             loads = [load if expert in kept else 0.0 for expert, load in enumerate(loads)]
         self._planned = frozenset(expert for expert, load in enumerate(loads) if load)
         copies = frozenset(self.functions.copies())
-        return plan_layer(loads, self.functions.capacity, copies, self.cost, self.options)
+        return plan_layer(loads, self.functions.capacity, copies, self.cost, self.options, usual)
 
     def _suffices(self, loads: Sequence[float], copies: frozenset[Copy]) -> bool:
         """Whether the copies in memory, warm or loading, serve these loads in balance."""

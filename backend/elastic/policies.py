@@ -26,7 +26,7 @@ class ElasticOptions:
     #: Least time between two plans of a layer: one planner goes round all layers.
     replan_s: float = 0.02
     #: A replica carries at most this share of a device's fair share of the layer (`straggler_bound`).
-    straggler_factor: float = 0.5
+    straggler_factor: float = 0.25
     #: Relative imbalance that is not worth a move (`place`).
     tolerance: float = 0.1
     use_predictor: bool = True
@@ -181,15 +181,22 @@ def plan_layer(
     warm: frozenset[Copy],
     cost: CostModel,
     options: ElasticOptions,
+    usual: float = 1.0,
 ) -> Placement:
-    """Scale, then place, for expected assignments [E]."""
+    """Scale, then place, for expected assignments [E] of a large step, of which a usual one has the share `usual`.
+
+    Placement balances both: a large step is as long as its computation, a usual one as the number of experts that it reads.
+    """
     devices, budget = len(capacity), sum(capacity)
     if options.use_scaler:
         bound = straggler_bound(loads, devices, options.straggler_factor, least=cost.ridge_tokens)
         replicas = scale(loads, budget=budget, max_replicas=devices, bound=bound)
     else:
         replicas = [int(load > 0) for load in loads]
-    costs = [cost.replica_s(load / count) if count else 0.0 for load, count in zip(loads, replicas, strict=True)]
+    costs = [
+        cost.replica_s(load / count) + cost.replica_s(usual * load / count) if count else 0.0
+        for load, count in zip(loads, replicas, strict=True)
+    ]
     if options.use_placer:
         return place(replicas, costs, capacity, warm, options.tolerance)
     return _place_in_turn(replicas, costs, capacity, warm)

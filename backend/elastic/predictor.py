@@ -6,6 +6,9 @@ recorded activations (`backend.elastic.train_predictor`); where even that is not
 each changes much, a narrow hidden layer beside the matrix learns what the layers between add. On the step path a predictor
 is one small matmul per layer, with a hidden layer two.
 
+A fine-tuned predictor's logits are the log-odds of each expert being chosen, so that a step's expected load is a sum of
+probabilities. Counting only each token's most probable experts would favour those that are often nearly chosen.
+
 Beside it stand the baselines, which know only loads of the past: `LastWindow` and `Ewma`.
 """
 
@@ -27,7 +30,7 @@ from backend.errors import ConfigError
 if TYPE_CHECKING:
     from backend.elastic.recording import Recording
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "load-predictor.safetensors"
 #: Names of a hidden layer's tensors in the file.
 _HIDDEN = ("hidden_inner", "hidden_bias", "hidden_outer")
@@ -53,7 +56,7 @@ class LoadPredictor:
     biases: dict[tuple[int, int], Tensor]  # [E] float32
     top_k: int
     fingerprint: str
-    #: (layer, distance) pairs whose matrix was fine-tuned; the others are the routers themselves.
+    #: (layer, distance) pairs whose matrix was fine-tuned to give log-odds; the others are the routers themselves.
     tuned: frozenset[tuple[int, int]] = frozenset()
     #: What a hidden layer adds to the logits of some pairs.
     hidden: dict[tuple[int, int], HiddenLayer] = field(default_factory=dict)
@@ -74,18 +77,28 @@ class LoadPredictor:
 
         Raises ConfigError for a pair that the predictor was not made for.
         """
+        return self._logits(hidden, layer, distance).topk(self.top_k, dim=-1).indices
+
+    def expected(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
+        """Expected assignments [T, E] of each token, K in all: probabilities if fine-tuned, else 0 or 1; see `choose`."""
+        logits = self._logits(hidden, layer, distance)
+        if (layer, distance) not in self.tuned:
+            return torch.zeros_like(logits).scatter_(-1, logits.topk(self.top_k, dim=-1).indices, 1.0)
+        chances = logits.sigmoid()
+        return chances * (self.top_k / chances.sum(-1, keepdim=True))
+
+    def loads(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
+        """Expected assignments [E] of a step with inputs `hidden` [T, M]; see `choose`."""
+        return self.expected(hidden, layer, distance).sum(0)
+
+    def _logits(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
         if (layer, distance) not in self.weights:
             raise ConfigError(f"the load predictor has no matrix for layer {layer} at distance {distance}")
         x = hidden.float()
         logits = F.linear(x, self.weights[layer, distance], self.biases[layer, distance])
         if (layer, distance) in self.hidden:
             logits = logits + self.hidden[layer, distance](x)
-        return logits.topk(self.top_k, dim=-1).indices
-
-    def loads(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
-        """Expected assignments [E] of a step with inputs `hidden` [T, M]; see `choose`."""
-        chosen = self.choose(hidden, layer, distance)
-        return torch.bincount(chosen.flatten(), minlength=len(self.biases[layer, distance])).float()
+        return logits
 
     def write(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all; in float16, which is as good for choosing experts."""

@@ -62,8 +62,11 @@ class Recording:
     def pool(self, predictor: LoadPredictor, distance: int) -> RoutingPool:
         """Routing for the simulator, with what the predictor says `distance` layers ahead."""
         predicted = torch.full_like(self.experts, -1)
+        expected = torch.zeros((*self.experts.shape[:2], self.num_experts), dtype=torch.float16)
         for layer in range(distance, self.num_layers):
-            predicted[layer] = predictor.choose(self.hidden[layer - distance], layer, distance).to(torch.int16)
+            inputs = self.hidden[layer - distance]
+            predicted[layer] = predictor.choose(inputs, layer, distance).to(torch.int16)
+            expected[layer] = predictor.expected(inputs, layer, distance).to(torch.float16)
         return RoutingPool(
             self.num_experts,
             self.experts.transpose(0, 1).contiguous().numpy(),
@@ -72,6 +75,7 @@ class Recording:
             self.domains.numpy(),
             f"recorded: checkpoint {self.fingerprint[:8]}, {len(self.domains)} sequences, "
             f"{len(self.domain_names)} domains, distance {distance}",
+            expected.transpose(0, 1).contiguous().numpy(),
         )
 
     def write(self, path: Path) -> None:

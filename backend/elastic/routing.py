@@ -28,6 +28,8 @@ class RoutingPool:
     starts: NDArray[np.int64]  # [S + 1] first token of each sequence; last entry N
     domains: NDArray[np.int64]  # [S] domain of each sequence
     source: str
+    #: [N, L, E] expected assignments of each token where a predictor gives probabilities; else they are those of `predicted`.
+    expected: NDArray[np.float16] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -41,9 +43,12 @@ class RoutingPool:
         """Assignments [L, E] of the tokens `rows` [T]."""
         return _count(self.experts[rows], self.num_experts)
 
-    def predicted_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def predicted_counts(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Expected assignments [L, E] of the tokens `rows` [T]; rows of -1 in layers without a prediction."""
-        counts = _count(self.predicted[rows], self.num_experts)
+        if self.expected is not None:
+            counts = self.expected[rows].sum(0, dtype=np.float64)
+        else:
+            counts = _count(self.predicted[rows], self.num_experts).astype(np.float64)
         counts[self.predicted[0, :, 0] < 0] = -1
         return counts
 

@@ -35,7 +35,8 @@ from backend.models.dummy import PREFIX
 ENOUGH = 0.8
 #: Width of the hidden layer where a matrix is not enough.
 HIDDEN_UNITS = 256
-_STEPS, _BATCH, _RATE, _CHECK_EVERY = 2500, 1024, 2e-3, 250
+STEPS = 2500
+_BATCH, _RATE, _CHECK_EVERY = 1024, 5e-3, 250
 #: Tokens of a simulated step over which load error is taken.
 _STEP_TOKENS = 64
 #: Requests that share the steps of a batched measurement.
@@ -46,8 +47,7 @@ class Data(NamedTuple):
     """N tokens for one predictor."""
 
     inputs: Tensor  # [N, M] of the earlier layer
-    probabilities: Tensor  # [N, E] of the predicted layer's router
-    experts: Tensor  # [N, K] that it chose
+    experts: Tensor  # [N, K] that the predicted layer's router chose
 
 
 def split_sequences(recording: Recording, seed: int, held_out: float = 0.25) -> tuple[list[int], list[int]]:
@@ -66,35 +66,38 @@ def split_sequences(recording: Recording, seed: int, held_out: float = 0.25) -> 
 
 
 def fine_tune(
-    start: tuple[Tensor, Tensor], data: Data, held_out: Data, top_k: int, seed: int, units: int = 0
+    start: tuple[Tensor, Tensor], data: Data, held_out: Data, top_k: int, seed: int, steps: int, units: int = 0
 ) -> tuple[Tensor, Tensor, HiddenLayer | None, float]:
     """Train a copy of the matrix [E, M] and bias [E] in `start` on `data`, with `units` hidden units beside it (0: none).
 
-    The loss is the cross-entropy against the router's own probabilities, which say more than its choice. The state with the
-    best recall on `held_out` wins. Returns (matrix, bias, hidden layer, that recall).
+    The loss is the binary cross-entropy of every expert being chosen or not: the likeliest experts are then those most often
+    among a token's K, and the probabilities add up to the expected load, of which a constant share is the simplest case.
+    The state with the best recall on `held_out` wins. Returns (matrix, bias, hidden layer, that recall).
     """
     generator = torch.Generator().manual_seed(seed)
     width = start[0].shape[1]
-    tensors = [tensor.clone() for tensor in start]
+    tensors = [start[0].clone(), start[1] - _even_odds(start, held_out.inputs, top_k)]
     if units:
         inner = torch.randn(units, width, generator=generator) / width**0.5
         tensors += [inner, torch.zeros(units), torch.zeros(len(start[1]), units)]
     tensors = [tensor.requires_grad_() for tensor in tensors]
     optimizer = torch.optim.Adam(tensors, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def logits(inputs: Tensor) -> Tensor:
         out = F.linear(inputs, tensors[0], tensors[1])
         return out + HiddenLayer(*tensors[2:])(inputs) if units else out
 
     best, found = [tensor.detach().clone() for tensor in tensors], -1.0
-    for step in range(1, _STEPS + 1):
+    for step in range(1, steps + 1):
         rows = torch.randint(len(data.inputs), (min(_BATCH, len(data.inputs)),), generator=generator)
         optimizer.zero_grad()
-        F.cross_entropy(logits(data.inputs[rows].float()), data.probabilities[rows]).backward()
+        found_odds = logits(data.inputs[rows].float())
+        chosen = torch.zeros_like(found_odds).scatter_(1, data.experts[rows], 1.0)
+        (F.binary_cross_entropy_with_logits(found_odds, chosen, reduction="sum") / len(rows)).backward()
         optimizer.step()
         schedule.step()
-        if step % _CHECK_EVERY == 0:
+        if step % _CHECK_EVERY == 0 or step == steps:
             with torch.no_grad():
                 now = recall(logits(held_out.inputs.float()).topk(top_k).indices, held_out.experts)
             if now > found:
@@ -102,8 +105,19 @@ def fine_tune(
     return best[0], best[1], HiddenLayer(*best[2:]) if units else None, found
 
 
+def _even_odds(router: tuple[Tensor, Tensor], inputs: Tensor, top_k: int) -> Tensor:
+    """What the router's logits are on average half-way between the last expert chosen and the first that is not."""
+    ranked = F.linear(inputs.float(), *router).topk(min(top_k + 1, len(router[1]))).values
+    return ranked[:, -2:].mean()
+
+
 def train(
-    recording: Recording, distances: Sequence[int], sequences: Sequence[int], seed: int, progress: Progress
+    recording: Recording,
+    distances: Sequence[int],
+    sequences: Sequence[int],
+    seed: int,
+    progress: Progress,
+    steps: int = STEPS,
 ) -> LoadPredictor:
     """A predictor from the given sequences; a fifth of them decides which form of it is enough, and when to stop.
 
@@ -127,7 +141,7 @@ def train(
         for units in (0, HIDDEN_UNITS):
             if found >= ENOUGH:
                 break
-            weight, bias, added, better = fine_tune(start, data, held_out, recording.top_k, seed, units)
+            weight, bias, added, better = fine_tune(start, data, held_out, recording.top_k, seed, steps, units)
             if better > found:
                 weights[pair], biases[pair], found = weight, bias, better
                 tuned.add(pair)
@@ -139,8 +153,7 @@ def train(
 
 
 def _data(recording: Recording, layer: int, distance: int, rows: Tensor) -> Data:
-    logits = F.linear(recording.hidden[layer, rows].float(), recording.routers[layer], recording.biases[layer])
-    return Data(recording.hidden[layer - distance, rows], logits.softmax(-1), recording.experts[layer, rows].long())
+    return Data(recording.hidden[layer - distance, rows], recording.experts[layer, rows].long())
 
 
 def measure(
@@ -196,10 +209,12 @@ def steps_of(recording: Recording, sequences: Sequence[int], together: int) -> l
     return list(torch.cat(order).split(_STEP_TOKENS)) if order else []
 
 
-def run(recording: Recording, distances: Sequence[int], seed: int, progress: Progress) -> tuple[LoadPredictor, dict]:
+def run(
+    recording: Recording, distances: Sequence[int], seed: int, progress: Progress, steps: int = STEPS
+) -> tuple[LoadPredictor, dict]:
     """(predictor trained on all domains, report as JSON values)."""
     training, testing = split_sequences(recording, seed)
-    predictor = train(recording, distances, training, seed, progress)
+    predictor = train(recording, distances, training, seed, progress, steps)
     domains = recording.domains.tolist()
     report: dict[str, object] = {
         "fingerprint": recording.fingerprint,
@@ -208,16 +223,17 @@ def run(recording: Recording, distances: Sequence[int], seed: int, progress: Pro
         "held_out": measure(recording, predictor, testing, training),
         "held_out_batched": measure(recording, predictor, testing, training, _TOGETHER),
     }
-    report["by_domain"] = {
-        name: measure(recording, predictor, members, training)
-        for index, name in enumerate(recording.domain_names)
-        if (members := [s for s in testing if domains[s] == index])
-    }
+    for key, together in (("by_domain", 1), ("by_domain_batched", _TOGETHER)):
+        report[key] = {
+            name: measure(recording, predictor, members, training, together)
+            for index, name in enumerate(recording.domain_names)
+            if (members := [s for s in testing if domains[s] == index])
+        }
     known = [s for s in training + testing if domains[s] % 2 == 0]
     shifted = [s for s in training + testing if domains[s] % 2 == 1]
     if shifted:
         # Baselines come from the domains before the shift, and adapt as they go.
-        abroad = train(recording, distances, known, seed, progress)
+        abroad = train(recording, distances, known, seed, progress, steps)
         report["domain_shift"] = measure(recording, abroad, shifted, known)
         report["domain_shift_batched"] = measure(recording, abroad, shifted, known, _TOGETHER)
     return predictor, report
@@ -268,14 +284,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--distances", default="1,2", help="layers ahead, comma-separated (default 1,2)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated per prompt (default 32)")
     parser.add_argument("--repeats", type=int, default=4, help="sets of demo questions (default 4)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of fine-tuning (default {STEPS})")
     parser.add_argument("--output", type=Path, help=f"predictor file (default: {FILE_NAME} in the checkpoint folder)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the report")
     args = parser.parse_args(argv)
     if not all(part.isdigit() and int(part) >= 1 for part in args.distances.split(",")):
         parser.error(f"--distances must be whole numbers of at least 1, got {args.distances!r}")
-    if min(args.new_tokens, args.repeats, args.passages, args.passage_tokens) < 1:
-        parser.error("--new-tokens, --repeats, --passages and --passage-tokens must be at least 1")
+    if min(args.new_tokens, args.repeats, args.passages, args.passage_tokens, args.steps) < 1:
+        parser.error("--new-tokens, --repeats, --passages, --passage-tokens and --steps must be at least 1")
     dummy = args.checkpoint.startswith(PREFIX)
     if dummy and args.output is None:
         parser.error("--output is needed for a dummy checkpoint")
@@ -295,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
                 recording = record_traffic(args.checkpoint, traffic, args.new_tokens, args.seed, progress)
                 if args.recording is not None:
                     recording.write(args.recording)
-            predictor, report = run(recording, distances, args.seed, progress)
+            predictor, report = run(recording, distances, args.seed, progress, args.steps)
     except ConfigError as error:
         console.print(f"[red]No predictor was trained:[/red] {error}")
         return 1

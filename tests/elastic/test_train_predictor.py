@@ -12,7 +12,12 @@ from backend.elastic.recording import Recording
 def test_a_checkpoint_is_recorded_trained_on_and_simulated(tmp_path):
     recording, predictor, report = tmp_path / "r.safetensors", tmp_path / "p.safetensors", tmp_path / "report.json"
     arguments = ["--checkpoint", "dummy:tiny", "--recording", str(recording), "--output", str(predictor)]
-    assert train_predictor.main([*arguments, "--new-tokens", "2", "--repeats", "1", "--json", str(report)]) == 0
+    assert (
+        train_predictor.main(
+            [*arguments, "--new-tokens", "2", "--repeats", "1", "--steps", "50", "--json", str(report)]
+        )
+        == 0
+    )
     rows = json.loads(report.read_text())["held_out"]
     # Two layers with experts: one can be predicted, from the one before it.
     assert [(row["layer"], row["distance"]) for row in rows] == [(1, 1)]

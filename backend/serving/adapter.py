@@ -34,7 +34,8 @@ from backend.serving.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-RESPONSES_PER_S_AND_CORE = 300
+#: Together about a tenth of the processors, for stub, server and a client beside them (docs/results/cpu.md).
+RESPONSES_PER_S_AND_CORE = 150
 _CANCEL_PERIOD_S = 0.2
 
 

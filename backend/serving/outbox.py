@@ -1,7 +1,7 @@
 """Decides when a request's next response goes out: at once, or as soon as the response rate allows.
 
-Handing one response to Triton costs about 250 µs of processor time, so a response per token would take the processors from
-the engine. The outbox bounds responses per second; a request that waits for its turn collects tokens meanwhile. First
+Handing one response to Triton costs about 250 µs of processor time, and as much again in the server and a client beside it,
+so a response per token would take the processors from the engine. The outbox bounds responses per second; a request that waits for its turn collects tokens meanwhile. First
 tokens and final responses never wait.
 """
 

@@ -107,7 +107,7 @@ class Supervisor(threading.Thread):
         # The engine shares its cores with Triton and the stubs. OpenMP threads that spin long while they wait for each other
         # hold up the very thread they wait for: steps took up to 18 times as long on two busy cores. Between two parallel
         # regions of a step a short spin is cheaper than sleeping and waking (GNU OpenMP counts its turns).
-        env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", **os.environ}
+        env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", **os.environ}
         env["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
         assert process.stdin is not None

@@ -100,3 +100,15 @@ def test_router_takes_equal_experts_by_index(run) -> None:
     (experts, weights), _ = run(gpu.route, torch.zeros(2, 4), torch.randn(6, 4), None, 3, True)
     assert experts.tolist() == [[0, 1, 2]] * 2
     torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_row_gone_wrong_is_sent_to_experts_that_exist(run) -> None:
+    """Tables are read at their places: one beyond the end would end the process, with all requests."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 16), torch.randn(6, 16)
+    expected, _ = run(gpu.route, hidden, weight, None, 3, True)
+    hidden[1] = float("nan")
+    (experts, _), _ = run(gpu.route, hidden, weight, None, 3, True)
+    assert int(experts.min()) >= 0 and int(experts.max()) < 6
+    assert torch.equal(experts[[0, 2]], expected[0][[0, 2]])

@@ -159,6 +159,8 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-window", type=int, default=257, help="longest stretch of text (default %(default)s)")
     parser.add_argument("--text-as", choices=("prefill", "decode"), default="prefill", help="score text in chunks under the "
                         "prefill threshold, or token by token under the decode threshold (default %(default)s)")  # fmt: skip
+    parser.add_argument("--score-after", metavar="TOKEN", help="of a stretch of text with this token score only what follows the "
+                        "last one (of chats: the answer)")  # fmt: skip
     parser.add_argument(
         "--divergence", action="store_true", help="also how far predictions over the text are from the full model's"
     )
@@ -215,7 +217,15 @@ def make_measures(args: argparse.Namespace, llm: LLM) -> Measures:
         raise ConfigError("nothing to measure: give --questions, --text or --choices")
     mixed = not args.single
     questions = measure.demo_questions(llm, args.questions, args.seed, mixed) if args.questions else []
-    text = measure.Text(domains, args.batch, args.text_as == "decode", mixed) if domains else None
+    after = None
+    if args.score_after is not None:
+        found = llm.tokenizer.encode(args.score_after, add_special_tokens=False)
+        if len(found) != 1:
+            raise ConfigError(
+                f"--score-after must be one token of the checkpoint, {args.score_after!r} is {len(found)}"
+            )
+        after = found[0]
+    text = measure.Text(domains, args.batch, args.text_as == "decode", mixed, after) if domains else None
     if args.divergence:
         if text is None:
             raise ConfigError("--divergence needs --text")

@@ -177,10 +177,18 @@ class Text:
     """Windows of several domains, scored in one order: domains side by side if `mixed`, else one after another."""
 
     def __init__(
-        self, domains: Mapping[str, Sequence[Sequence[int]]], batch: int, decode: bool = False, mixed: bool = True
+        self,
+        domains: Mapping[str, Sequence[Sequence[int]]],
+        batch: int,
+        decode: bool = False,
+        mixed: bool = True,
+        after: int | None = None,
     ) -> None:
-        """`batch` windows at once; `decode`: token by token under the decode threshold, else in chunks under that of prefill."""
-        self.domains, self.batch, self.decode = domains, batch, decode
+        """`batch` windows at once; `decode`: token by token under the decode threshold, else in chunks under that of prefill.
+
+        Of a window with the token `after` in it only what follows the last one is scored: of a chat the last answer.
+        """
+        self.domains, self.batch, self.decode, self._after = domains, batch, decode, after
         order = [(place, name) for name, windows in domains.items() for place in range(len(windows))]
         if mixed:
             order.sort(key=lambda entry: entry[0])
@@ -189,7 +197,12 @@ class Text:
 
     def keep_full(self, vocab_size: int) -> None:
         """Report the divergence, too: from the model as it is at the next `score`. Raises ConfigError for too much text."""
-        self.divergence = Divergence([len(ids) - 1 for _, ids in self.order], vocab_size)
+        self.divergence = Divergence([len(ids) - self._first(ids) for _, ids in self.order], vocab_size)
+
+    def _first(self, ids: Sequence[int]) -> int:
+        """The first token of a window that is scored."""
+        places = [place for place, token in enumerate(ids) if token == self._after]
+        return min(places[-1] + 1, len(ids) - 1) if places else 1
 
     def score(self, llm: LLM) -> dict[str, object]:
         """Perplexity per token and divergence from the full model (nats per token) by domain, with the steps' composition."""
@@ -197,7 +210,7 @@ class Text:
         scorer = Scorer(llm.engine, self.batch, self.decode, meter.observe)
         if self.divergence is not None:
             scorer.on_logits = self.divergence.observe
-        scored = scorer.score([(ids, 1) for _, ids in self.order])
+        scored = scorer.score([(ids, self._first(ids)) for _, ids in self.order])
         apart = np.zeros(len(scored)) if self.divergence is None else self.divergence.finish()
         counts = dict.fromkeys(self.domains, 0)
         losses, divergences = dict.fromkeys(self.domains, 0.0), dict.fromkeys(self.domains, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from backend.brownout.points import describe, parse_points
 from backend.brownout.profile import Level, read_profile
 from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
+from backend.engine.scoring import Scorer
 from backend.errors import ConfigError
 
 
@@ -86,6 +88,24 @@ def test_domains_and_families_stand_side_by_side_or_one_after_another(llm):
     assert {(a.family, a.form) for a in mixed} == {(a.family, a.form) for a in sorted_}
     scores = [text.score(llm)["perplexity"] for text in (measure.Text(windows, 2), apart)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_of_chats_only_the_last_answer_is_scored(llm, text_checkpoint, tmp_path, capsys):
+    begin = llm.tokenizer.encode("<|im_start|>", add_special_tokens=False)
+    question, answer = llm.tokenizer.encode("one and one"), llm.tokenizer.encode(" is two")
+    chat = [*begin, *question, *begin, *answer]
+    text = measure.Text({"chats": [chat]}, 1, after=begin[0])
+    text.keep_full(llm.engine.vocab_size)
+    measure.apply(llm, Settings())
+    found = text.score(llm)
+    (scored,) = Scorer(llm.engine, 1).score([(chat, len(chat) - len(answer))])
+    assert len(begin) == 1 and found["perplexity"]["chats"] == pytest.approx(np.exp(-scored.logprobs.mean()), rel=1e-4)
+    whole = measure.Text({"chats": [chat[1:]]}, 1, after=299).score(llm)  # a token that it does not have
+    assert whole["perplexity"]["chats"] != pytest.approx(found["perplexity"]["chats"], rel=1e-3)
+    path = tmp_path / "text.txt"
+    path.write_text("some words")
+    assert evaluate_command([str(text_checkpoint), "--text", str(path), "--score-after", "one two"]) == 1
+    assert "--score-after must be one token of the checkpoint" in " ".join(capsys.readouterr().out.split())
 
 
 def test_losses_are_relative_to_the_full_model():

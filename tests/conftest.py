@@ -22,6 +22,7 @@ settings.load_profile("suite")
 SERVER_TESTS = Path(__file__).parent / "server"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where torch sees no CUDA device.
 

@@ -43,7 +43,14 @@ demo: setup
 	$(PY) -m loadtest.demo $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@# Two at a time: the tests of whole servers, which mostly wait, and all others. What the first say is shown at the end.
+	@log=$$(mktemp); $(PY) -m pytest tests/server > "$$log" 2>&1 & servers=$$!; \
+	$(PY) -m pytest --ignore tests/server; others=$$?; \
+	wait $$servers; status=$$?; cat "$$log"; rm -f "$$log"; exit $$((status | others))
+else
+	$(PY) -m pytest $(ARGS)
+endif
 
 serve: setup
 	exec $(PY) -m controller.serve $(ARGS)

@@ -1,7 +1,6 @@
 """What every test module shares."""
 
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -18,18 +17,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 settings.register_profile("suite", deadline=None, max_examples=60)
 settings.load_profile("suite")
 
-#: Tests that share servers.
-SERVER_TESTS = Path(__file__).parent / "server"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where torch sees no CUDA device.
-
-    `make test` runs two processes (pytest-xdist, `-n 2 --dist loadgroup`): one for the tests of whole servers, which mostly
-    wait and share what takes long to start, one for all others.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("servers" if item.path.is_relative_to(SERVER_TESTS) else "others"))
+    """Tests marked `gpu` are skipped, with the reason, where torch sees no CUDA device."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

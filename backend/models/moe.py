@@ -94,8 +94,8 @@ class MoeBlock:
         yield f"{prefix}.gate.weight", self.router
         local = self.expert_map.num_resident == self.expert_map.num_experts
         sizes = self.experts.expert_size, self.router.shape[1]
-        absent = self.router.new_empty(sizes, device="meta")
-        absent_down = self.router.new_empty(sizes[::-1], device="meta")
+        absent = torch.empty(sizes, dtype=self.router.dtype, device="meta")
+        absent_down = torch.empty(sizes[::-1], dtype=self.router.dtype, device="meta")
         for expert in range(self.expert_map.num_experts):
             parts = (absent, absent, absent_down)
             if local:

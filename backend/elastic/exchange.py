@@ -51,7 +51,7 @@ class Link:
         try:
             self._group = connect(dist.PrefixStore(name, store), rank, host, timedelta(seconds=start_timeout_s))
         except RuntimeError as error:
-            raise LinkError(f"the other end of {name} did not come: {error}") from None
+            raise LinkError(f"the other end of {name} did not come: {_reason(error)}") from None
         self._sent: list[dist.Work] = []  # they hold the tensors that are on their way
         self._results = torch.empty(0)  # [R, M], to be filled
         self._received: dist.Work | None = None
@@ -65,7 +65,7 @@ class Link:
             self._sent = [self._send(torch.tensor([layer, len(rows)], device=self.device)), self._send(rows)]
             self._received = self._group.recv([self._results], self._peer, 0)
         except RuntimeError as error:
-            raise LinkError(str(error)) from None
+            raise LinkError(_reason(error)) from None
 
     def finish(self, deadline: float) -> Tensor:
         """The results [R, M] float32 of the rows sent last, which must be there by `deadline` (time.monotonic())."""
@@ -99,14 +99,14 @@ class Link:
         try:
             sent = self._send(results)
         except RuntimeError as error:
-            raise LinkError(str(error)) from None
+            raise LinkError(_reason(error)) from None
         self._wait(sent, _FOREVER)
 
     def _receive(self, tensor: Tensor) -> None:
         try:
             received = self._group.recv([tensor], self._peer, 0)
         except RuntimeError as error:
-            raise LinkError(str(error)) from None
+            raise LinkError(_reason(error)) from None
         self._wait(received, _FOREVER)
 
     def _send(self, tensor: Tensor) -> dist.Work:
@@ -125,7 +125,12 @@ class Link:
                     raise LinkError(f"no answer within {timeout.total_seconds():g} s")
                 time.sleep(_POLL_S)
         except RuntimeError as error:
-            raise LinkError(str(error)) from None
+            raise LinkError(_reason(error)) from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """The message without the place in gloo's source before it and the advice after it."""
+    return str(error).split("] ", 1)[-1].split(". ", 1)[0]
 
 
 def _connect_gloo(store: dist.Store, rank: int, host: str, timeout: timedelta) -> dist.ProcessGroupGloo:

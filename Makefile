@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 REQUIREMENTS := requirements.txt requirements-server.txt
 # Set-up is done when the stamp of the present requirements is there.
 STAMP := $(VENV)/.setup-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
+# The tests also run expert workers, which need the optional Ray.
+WORKERS_STAMP := $(VENV)/.workers-$(shell cat requirements-workers.txt | sha256sum | cut -c1-16)
 # The interpreter to make the environment with: Python 3.11 or 3.12 with a shared libpython. Default: the first on PATH.
 PYTHON ?=
 # Further arguments of the command that a target runs, such as: make serve ARGS="--http-port 9000 -- --ttft-slo 0.5"
@@ -39,10 +41,14 @@ $(VENV)/.made:
 	"$$chosen" -m venv --clear $(VENV); \
 	touch $@
 
+$(WORKERS_STAMP): $(STAMP)
+	$(PY) -m pip install -r requirements-workers.txt
+	@touch $@
+
 demo: setup
 	$(PY) -m loadtest.demo $(if $(TRACE),--trace "$(TRACE)") $(ARGS)
 
-test: setup
+test: setup $(WORKERS_STAMP)
 ifeq ($(strip $(ARGS)),)
 	@# Two at a time: the tests of whole servers, which mostly wait, and all others. What the first say is shown at the end.
 	@log=$$(mktemp); $(PY) -m pytest tests/server > "$$log" 2>&1 & servers=$$!; \

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 #: Together about a tenth of the processors, for stub, server and a client beside them (docs/results/cpu.md).
 RESPONSES_PER_S_AND_CORE = 150
-_CANCEL_PERIOD_S = 0.2
+#: How often each request is asked about; an inter-process call each.
+_CANCEL_PERIOD_S = 0.4
 
 
 class _Sender:

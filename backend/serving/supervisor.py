@@ -104,9 +104,10 @@ class Supervisor(threading.Thread):
         command += ["--generation", str(generation), "--server-pid", str(self._server_pid)]
         root = str(Path(__file__).resolve().parents[2])
         path = os.environ.get("PYTHONPATH", "")
-        # The engine shares its cores with Triton and the stubs. OpenMP threads that spin long while they wait for each other
-        # hold up the very thread they wait for: steps took up to 18 times as long on two busy cores. Between two parallel
-        # regions of a step a short spin is cheaper than sleeping and waking (GNU OpenMP counts its turns).
+        # The engine shares its cores with Triton and the stubs. OpenMP threads that spin for ever while they wait for each
+        # other hold up the very thread they wait for: steps took up to 18 times as long on two busy cores. Threads that sleep
+        # at once wait for their waking between any two parallel regions. A bounded spin (GNU OpenMP counts its turns; about
+        # a millisecond) avoids both.
         env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", **os.environ}
         env["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)

@@ -40,15 +40,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, console: Console) -> int:
     checkpoint = options.checkpoint_of(args)
-    with console.status(f"measuring {checkpoint}: {args.runs} runs and one to warm up"):
-        result = run(
-            checkpoint=checkpoint,
-            work=options.workload_of(args),
-            dtype=args.dtype,
-            device=args.device,
-            runs=args.runs,
-            budget=Budget(args.budget),
-        )
+    # No spinner: its thread would take time from what is measured.
+    console.print(f"Measuring {checkpoint}: {args.runs} runs and one to warm up …")
+    result = run(
+        checkpoint=checkpoint,
+        work=options.workload_of(args),
+        dtype=args.dtype,
+        device=args.device,
+        runs=args.runs,
+        budget=Budget(args.budget),
+    )
     console.print(table(result, checkpoint))
     console.print(processor_table(result))
     if args.json:

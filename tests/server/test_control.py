@@ -40,7 +40,7 @@ TWO_ENGINES = TINY | {
     "BROWNOUT_CONTROL_TOKEN": TOKEN,
     "MOE_LLM_EXPERT_POOL": "resident",
     "MOE_LLM_EXPERT_MISS": "wait",
-    "MOE_LLM_RESIDENT_EXPERTS": "0.9",
+    "MOE_LLM_RESIDENT_EXPERTS": "1.0",
 }
 #: Needs no united experts, so that every checkpoint can follow.
 DIM = {"threshold_prefill": 0.5, "threshold_decode": 0.25, "mechanism": "drop"}

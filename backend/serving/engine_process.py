@@ -7,6 +7,7 @@ a while, or on SIGTERM after draining or aborting what runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -301,6 +302,9 @@ def main(argv: list[str] | None = None) -> int:
     record.state, record.address = "ready", server.address
     record.write(args.runtime_dir, args.index)
     log.info("engine %d is ready (generation %d, pid %d)", args.index, args.generation, os.getpid())
+    # What is here now stays: full collections, for which a step has to wait, need not go through it again and again.
+    gc.collect()
+    gc.freeze()
     server.run()
     engine.close()
     record.state = "stopped"

@@ -136,7 +136,7 @@ QUEUE = np.dtype(
         ("max_priority", "<i8"),
         ("any_auto", "?"),
         ("allowed_s", "<f8"),
-        ("retry_s", "<f8"),
+        ("request_s", "<f8"),
         (
             "pace",
             [

@@ -31,8 +31,8 @@ class QueueState(NamedTuple):
     any_auto: bool
     #: Time to the first token beyond which a request is refused; infinite if nothing is refused early.
     allowed_s: float
-    #: Until the present queue has gone; NaN if unknown.
-    retry_s: float
+    #: From one request's end to the next one's, lately; NaN if unknown.
+    request_s: float
     pace: Pace
 
 
@@ -40,9 +40,9 @@ class TooLate(UnavailableError):
     """The first token would come too late."""
 
 
-def queue_full(max_waiting: int, retry_s: float | None) -> str:
-    """What is said when max_waiting requests wait."""
-    hint = "" if retry_s is None else f"; retry in about {max(1, round(retry_s))} s"
+def queue_full(max_waiting: int, waiting: int, request_s: float | None) -> str:
+    """What is said when max_waiting requests or more wait, namely `waiting`, and one ends every `request_s`."""
+    hint = "" if request_s is None else f"; retry in about {max(1, round(waiting * request_s))} s"
     return f"the queue is full: {max_waiting} requests wait (max_waiting){hint}"
 
 
@@ -79,8 +79,10 @@ class Gate:
             sent.popleft()
         pace = state.pace
         # As many as can run may start in this step and leave the queue.
-        if max(0, state.waiting - max(0, pace.free)) + len(sent) >= self._max_waiting:
-            raise UnavailableError(queue_full(self._max_waiting, None if math.isnan(state.retry_s) else state.retry_s))
+        waiting = max(0, state.waiting - max(0, pace.free)) + len(sent)
+        if waiting >= self._max_waiting:
+            request_s = None if math.isnan(state.request_s) else state.request_s
+            raise UnavailableError(queue_full(self._max_waiting, waiting, request_s))
         auto = params.brownout != "never"
         judged = (
             self._limit_s is not None and math.isfinite(state.allowed_s) and self._is_last(state, params.priority, auto)

@@ -50,11 +50,12 @@ class RequestBook:
         oldest = next(iter(self.waiting.values()), None)
         return 0.0 if oldest is None else max(0.0, time.monotonic() - oldest.arrival)
 
-    def retry_s(self) -> float | None:
-        """Seconds until the present queue has gone, from the rate at which requests ended lately, if any did."""
+    @property
+    def request_s(self) -> float | None:
+        """Seconds from one request's end to the next one's, lately; None before two have ended."""
         if len(self._end_times) < 2:
             return None
-        return len(self.waiting) * (time.monotonic() - self._end_times[0]) / len(self._end_times)
+        return (time.monotonic() - self._end_times[0]) / len(self._end_times)
 
     def check_new(self, request: Request) -> None:
         """Raise InvalidRequestError if the id is in use."""
@@ -64,7 +65,7 @@ class RequestBook:
     def add(self, request: Request) -> None:
         """Raises UnavailableError when max_waiting requests already wait."""
         if not self.has_room:
-            raise UnavailableError(queue_full(self.max_waiting, self.retry_s()))
+            raise UnavailableError(queue_full(self.max_waiting, len(self.waiting), self.request_s))
         self._requests[request.request_id] = request
         self.waiting[request.request_id] = request
         self.waiting_tokens += len(request.prompt_ids)

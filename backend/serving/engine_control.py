@@ -116,8 +116,9 @@ class EngineControl:
         """
         engine, model, limit_s = self._engine, self._model, self._engine.config.shed_ttft_s
         requests = engine.requests
+        request_s = requests.request_s
         state = self._state._replace(
-            seen_s=seen_s, waiting=len(requests.waiting), retry_s=requests.retry_s() or math.nan
+            seen_s=seen_s, waiting=len(requests.waiting), request_s=math.nan if request_s is None else request_s
         )
         if limit_s is None or not model.ready:
             state = state._replace(pace=state.pace._replace(free=engine.scheduler.num_free))

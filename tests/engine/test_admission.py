@@ -76,7 +76,7 @@ def test_a_full_queue_is_refused_unless_some_of_it_may_start() -> None:
     with pytest.raises(
         UnavailableError, match=r"the queue is full: 3 requests wait \(max_waiting\); retry in about 7 s"
     ):
-        judged(gate(3), state(waiting=3, retry_s=7.2), 1)
+        judged(gate(3), state(waiting=3, request_s=2.4), 1)
     door, room = gate(3), state(waiting=3, pace=PACE._replace(free=2))
     assert judged(door, room, 1)
     assert judged(door, room, 1)

@@ -38,9 +38,12 @@ TWO_ENGINES = TINY | {
     "MOE_LLM_MAX_RUNNING": "2",
     "MOE_LLM_SHED_TTFT_S": str(SHED_TTFT_S),
     "BROWNOUT_CONTROL_TOKEN": TOKEN,
+}
+HALF_RESIDENT = TINY | {
+    "MOE_LLM_DEVICE": "cpu,cpu:0",
+    "BROWNOUT_CONTROL_TOKEN": TOKEN,
     "MOE_LLM_EXPERT_POOL": "resident",
     "MOE_LLM_EXPERT_MISS": "wait",
-    "MOE_LLM_RESIDENT_EXPERTS": "1.0",
 }
 #: Needs no united experts, so that every checkpoint can follow.
 DIM = {"threshold_prefill": 0.5, "threshold_decode": 0.25, "mechanism": "drop"}
@@ -151,27 +154,28 @@ def test_settings_reach_every_engine_between_two_steps_and_end_with_their_lease(
         stream.close()
 
 
-def test_the_share_of_resident_experts_is_a_setting_like_the_thresholds(
-    controlled: RunningServer, plane: BrownoutClient
-) -> None:
-    status = plane.call()
-    assert status["available"]["resident_share"] and status["settings"]["resident_share"] == 1
-    before = [entry["resident_share"] for entry in status["telemetry"]]
-    with pytest.raises(Refused, match="resident_share must be a number from 0 to 1"):
-        plane.call(resident_share=1.5, threshold_prefill=0.5, owner="test")
-    version = plane.call(resident_share=0.3, owner="test", lease_s=30)["settings"]["version"]
-    wait_until(lambda: followed(plane, version), 5, "followed")
-    assert [entry["resident_share"] for entry in plane.call()["telemetry"]] == [0.25, 0.25]
-    stalls = sum(entry["expert_stalls"] for entry in plane.call()["telemetry"])
-    inputs = {"text_input": "more than there are", "sampling_parameters": sampling(max_tokens=20)}
-    with ThreadPoolExecutor(4) as pool:
-        assert all(answer.text for answer in pool.map(lambda _: generate(controlled, inputs), range(4)))
-    wait_until(lambda: sum(e["expert_stalls"] for e in plane.call()["telemetry"]) > stalls, 5, "waited for experts")
-    with controller(controlled, "--owner", "test", "--law", "off", "--resident-share", "0.6"):
-        wait_until(lambda: settings_of(plane)["resident_share"] == 0.6, 20, "set by the controller")
-    wait_until(lambda: settings_of(plane)["resident_share"] == 1, 5, "back at the baseline")
-    wait_until(lambda: read_metric(controlled, "moe_expert_slot_byte_seconds_total") > 0, 5, "counted")
-    assert min(before) > 0.25
+def test_the_share_of_resident_experts_is_a_setting_like_the_thresholds() -> None:
+    with running_server(env=HALF_RESIDENT, drain_timeout_s=1) as server:
+        plane = BrownoutClient(server.grpc, TOKEN)
+        status = plane.call()
+        assert status["available"]["resident_share"] and status["settings"]["resident_share"] == 1
+        wait_until(lambda: len(plane.call()["telemetry"]) == 2, 5, "telemetry of both engines")
+        assert [entry["resident_share"] for entry in plane.call()["telemetry"]] == [0.5, 0.5]
+        with pytest.raises(Refused, match="resident_share must be a number from 0 to 1"):
+            plane.call(resident_share=1.5, threshold_prefill=0.5, owner="test")
+        version = plane.call(resident_share=0.3, owner="test", lease_s=30)["settings"]["version"]
+        wait_until(lambda: followed(plane, version), 5, "followed")
+        assert [entry["resident_share"] for entry in plane.call()["telemetry"]] == [0.25, 0.25]
+        stalls = sum(entry["expert_stalls"] for entry in plane.call()["telemetry"])
+        inputs = {"text_input": "more than there are", "sampling_parameters": sampling(max_tokens=20)}
+        with ThreadPoolExecutor(4) as pool:
+            assert all(answer.text for answer in pool.map(lambda _: generate(server, inputs), range(4)))
+        wait_until(lambda: sum(e["expert_stalls"] for e in plane.call()["telemetry"]) > stalls, 5, "waited for experts")
+        with controller(server, "--owner", "test", "--law", "off", "--resident-share", "0.8"):
+            wait_until(lambda: settings_of(plane)["resident_share"] == 0.8, 20, "set by the controller")
+        wait_until(lambda: settings_of(plane)["resident_share"] == 1, 5, "back at the baseline")
+        wait_until(lambda: read_metric(server, "moe_expert_slot_byte_seconds_total") > 0, 5, "counted")
+        plane.close()
 
 
 def test_settings_act_in_the_very_next_step_of_every_engine(controlled: RunningServer, plane: BrownoutClient) -> None:

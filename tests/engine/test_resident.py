@@ -15,6 +15,7 @@ from backend.elastic.predictor import FILE_NAME, LoadPredictor
 from backend.engine.engine import Engine
 from backend.engine.model_runner import ModelRunner
 from backend.errors import ConfigError
+from backend.experts import mover
 from backend.experts.resident import ExpertTelemetry
 from tests.engine.test_brownout import ids, make_engine, make_prompts, make_request, run
 from tests.engine.test_cuda_graphs import FakeGraph
@@ -130,7 +131,10 @@ def test_brownout_acts_on_resident_experts_too():
         engine.set_settings(Settings(version=2, threshold_decode=0.5, mechanism="top_k"))
 
 
-def test_past_loads_tell_which_experts_to_hold():
+def test_past_loads_tell_which_experts_to_hold(monkeypatch: pytest.MonkeyPatch):
+    """With copies that are there at once: how soon a thread makes them depends on what else runs."""
+    monkeypatch.setattr(mover, "AT_ONCE_BYTES", 2**40)
+
     def misses(prefetch: str) -> float:
         engine = make_engine(
             expert_pool="resident",

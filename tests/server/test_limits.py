@@ -28,7 +28,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 
-#: The issue's bound from a client's going to the engine's knowing, plus as much again for this machine: the bound is
+#: 0.5 s from a client's going to the engine's knowing, plus as much again for this machine: the first is
 #: kept by a poll of 0.2 s, but on two busy cores threads of five processes may wait their turn for some tenths of a second.
 GONE_WITHIN_S = 0.5 + 0.5
 
@@ -174,29 +174,24 @@ def test_a_request_times_out_in_the_queue(small_server: RunningServer, holders: 
 
 def test_a_full_queue_refuses_and_disturbs_nobody(small_server: RunningServer, start: Callable) -> None:
     """UNAVAILABLE with the reason and, as requests have finished before, a retry hint; the others get their text."""
-    inputs = [
-        {"text_input": f"client {i}", "sampling_parameters": sampling(max_tokens=200 if i < 2 else 10)}
-        for i in range(5)
-    ]
+    inputs = [{"text_input": f"client {i}", "sampling_parameters": sampling(max_tokens=10)} for i in range(3)]
     alone = [generate(small_server, {**one, "exclude_input_in_output": True}).text for one in inputs]
     rejected = read_metric(small_server, "moe_requests_total", outcome="rejected")
-    interfaces = list(STREAMS)
-    collectors = []
-    for i, one in enumerate(inputs):
-        _, collector = start(interfaces[i % 2], one)
-        collectors.append(collector)
-        if i < 2:
-            wait_until(lambda c=collector: c.first_s, 10, "running")
-    holding = collectors[:2]
+    running = {interface: start(interface, ENDLESS) for interface in STREAMS}
+    wait_until(lambda: all(collector.first_s for _, collector in running.values()), 20, "two running streams")
+    waiting = [start(interface, one)[1] for interface, one in zip(("grpc_stream", *STREAMS), inputs, strict=True)]
+    wait_for_waiting(small_server, 3)
     for interface in ASK:
         with pytest.raises(ServerError, match=r"queue is full: 3 requests wait.*retry in about \d+ s") as error:
             ASK[interface](small_server, {"text_input": "one more", "sampling_parameters": sampling(max_tokens=1)})
         check_code(error.value, interface, "UNAVAILABLE")
-        assert all(collector.is_alive() for collector in holding)
-    for collector in collectors:
+    for stream, collector in running.values():
+        assert collector.is_alive()
+        stream.cancel()
+    for collector in waiting:
         collector.join(30)
-    assert [collector.error for collector in collectors] == [None] * 5
-    assert [collector.answer.text for collector in collectors] == alone
+    assert [collector.error for collector in waiting] == [None] * 3
+    assert [collector.answer.text for collector in waiting] == alone
     wait_until(
         lambda: read_metric(small_server, "moe_requests_total", outcome="rejected") == rejected + len(ASK), 5, "counted"
     )

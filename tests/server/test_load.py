@@ -130,7 +130,7 @@ def test_a_stall_shows_in_the_latency_of_every_request_in_it(server: RunningServ
     records = asyncio.run(load())
     assert [record.outcome for record in records] == ["completed"] * NUMBER
     caught = [r for r in records if stalled["from"] < r.intended_start_s < stalled["until"]]
-    assert len(caught) == sum(stalled["from"] < r.start_s < stalled["until"] for r in records) >= 10 * STALL_S - 2
+    assert sum(r.start_s < stalled["until"] for r in caught) >= 10 * STALL_S - 4
     for record in caught:
         assert record.ttft_s > stalled["until"] - record.intended_start_s
 

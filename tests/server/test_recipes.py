@@ -71,6 +71,7 @@ def as_run(text: str, server: RunningServer) -> str:
         text = text.replace(f"localhost:{port}", address)
     text = re.sub(r"(duration ?= ?)\d+", r"\g<1>2", text)
     text = text.replace("--input-tokens 64-192", "--input-tokens 16-32")  # words, each several tokens of a dummy's
+    text = text.replace("--stability-percentage 50", "--stability-percentage 999")  # other tests run beside it
     return text.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
 
 

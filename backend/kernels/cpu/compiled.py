@@ -5,23 +5,22 @@ Numba compiles them at first use and keeps the machine code, so no compiler is n
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import llvmlite.binding as llvm
-
-# All before numba is imported. LLVM prefers 256-bit vectors on processors that have 512-bit ones; in these loops the wide
-# ones are a third faster. And numba's own thread pool ends the process when two threads enter it at once; OpenMP's does not.
-os.environ.setdefault("NUMBA_CPU_NAME", llvm.get_host_cpu_name())
-os.environ.setdefault("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit")
-os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
-
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+# Whatever the user has set (NUMBA_…) holds. LLVM prefers 256-bit vectors on processors that have 512-bit ones; in these loops
+# the wide ones are faster. And numba's own thread pool ends the process when two threads enter it at once; OpenMP's does not.
+# Set here and not in the environment, which counts only until numba is first imported and is inherited by other processes.
+config.CPU_NAME = config.CPU_NAME or llvm.get_host_cpu_name()
+config.CPU_FEATURES = config.CPU_FEATURES or llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+config.THREADING_LAYER = "omp" if config.THREADING_LAYER == "default" else config.THREADING_LAYER
 
 #: Sums may be reordered; NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}

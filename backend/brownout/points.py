@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
-from backend.brownout.settings import MECHANISMS, RANKINGS, Settings
+from backend.brownout.settings import MECHANISMS, RANKINGS, WITH_UNITED, Settings
 from backend.errors import ConfigError
 
 SYNTAX = (
     "MECHANISM[/OPTION]:WAYS:THRESHOLDS[:DECODE_THRESHOLDS], where WAYS and THRESHOLDS may be lists separated by commas and WAYS is "
-    "0 for the mechanisms without united experts; OPTION is a ranking for united and drop, and the least similarity for reroute. "
+    "0 for the mechanisms without united experts; OPTION is a ranking for united, united_top_k and drop, and the least similarity for reroute. "
     "Without DECODE_THRESHOLDS both phases have the same threshold. Examples: united:8:0.4  united/gate_mass:2,4,8:0,0.5  "
     "reroute/0.3:0:0.4  top_k:0:0.5  united:8:0.8:0,0.4"
 )
@@ -32,7 +32,7 @@ def _parse(text: str) -> list[Settings]:
     try:
         if option and mechanism == "reroute":
             extra["similarity_min"] = float(option)
-        elif option in RANKINGS and mechanism in ("united", "drop"):
+        elif option in RANKINGS and mechanism in (*WITH_UNITED, "drop"):
             extra["ranking"] = option
         elif option:
             raise ValueError(f"option {option!r} is not known for {mechanism}")

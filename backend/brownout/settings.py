@@ -9,7 +9,9 @@ from backend.errors import ConfigError
 #: Token classes of a thresholds table, in the order of `ForwardBatch.token_class`.
 TOKEN_CLASSES = ("prefill", "decode", "prefill_never", "decode_never")
 #: What is done with the assignments that a threshold gives up; see `backend.kernels.reference.remap`.
-MECHANISMS = ("united", "reroute", "piggyback", "top_k", "drop")
+MECHANISMS = ("united", "united_top_k", "reroute", "piggyback", "top_k", "drop")
+#: Those that need united experts.
+WITH_UNITED = ("united", "united_top_k")
 _BY_TOKEN = ("piggyback", "top_k")
 RANKINGS = ("count", "gate_mass")
 
@@ -25,7 +27,7 @@ class Settings:
     threshold_prefill: float = 1.0
     threshold_decode: float = 1.0
     mechanism: str = "united"
-    #: Which loaded united experts serve (`united` only); 0 is the largest way that is loaded.
+    #: Which loaded united experts serve (`united` and `united_top_k`); 0 is the largest way that is loaded.
     way: int = 0
     #: Least similarity of the expert that takes an assignment over (`reroute` only, which does nothing at theta = 0: no
     #: expert is kept to take over).
@@ -71,8 +73,8 @@ class Available:
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        without = {"united": not self.ways, "reroute": not self.similarity}
-        without |= dict.fromkeys(_BY_TOKEN, self.missing_experts)
+        without = {"reroute": not self.similarity}
+        without |= dict.fromkeys(WITH_UNITED, not self.ways) | dict.fromkeys(_BY_TOKEN, self.missing_experts)
         return tuple(name for name in MECHANISMS if not without.get(name))
 
     def way_of(self, settings: Settings) -> int:
@@ -82,8 +84,10 @@ class Available:
         """
         if settings.way and settings.way not in self.ways:
             raise ConfigError(f"way {settings.way} is not loaded; {self._loaded()}")
-        if settings.mechanism == "united" and settings.dims and not self.ways:
-            raise ConfigError(f"mechanism united with a threshold below 1 needs united experts; {self._loaded()}")
+        if settings.mechanism in WITH_UNITED and settings.dims and not self.ways:
+            raise ConfigError(
+                f"mechanism {settings.mechanism} with a threshold below 1 needs united experts; {self._loaded()}"
+            )
         if settings.mechanism == "reroute" and not self.similarity:
             raise ConfigError(
                 "mechanism reroute needs expert similarities, which are not loaded (parameter similarity); available "

@@ -193,6 +193,7 @@ class MoeBlock:
             ranking=how.ranking,
             similarity=self.similarity,
             similarity_min=how.similarity_min,
+            renormalize=self.renormalize,
             num_tokens=num_tokens,
             replaced=replaced,
         )

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from backend.brownout.calibration_text import read_calibration, require_tokens
 from backend.brownout.points import SYNTAX, describe, parse_points
-from backend.brownout.settings import MECHANISMS, Settings
+from backend.brownout.settings import MECHANISMS, WITH_UNITED, Settings
 from backend.config import EngineConfig
 from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
@@ -247,7 +247,7 @@ def _for_dummy(checkpoint: str, points: list[Settings]) -> tuple[str, str]:
     """Parameters `united` and `similarity` with which a dummy has what these settings need; a checkpoint has its own files."""
     if not checkpoint.startswith(PREFIX):
         return "", ""
-    ways = sorted({point.way or _SHAPE_WAY for point in points if point.dims and point.mechanism == "united"})
+    ways = sorted({point.way or _SHAPE_WAY for point in points if point.dims and point.mechanism in WITH_UNITED})
     reroutes = any(point.dims and point.mechanism == "reroute" for point in points)
     return ",".join(map(str, ways)), "seeded" if reroutes else ""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from backend.kernels import cpu, reference
 
 SETTINGS = settings(max_examples=50)
-KEPT_SET = ("united", "reroute", "drop")
+KEPT_SET = ("united", "united_top_k", "reroute", "drop")
 THETAS = st.one_of(st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.8, 1.0]), st.floats(0, 1, width=32))
 
 
@@ -103,6 +103,7 @@ def remap(case: Case, mechanism: str, ranking: str = "count", renormalize: bool 
                 ranking=ranking,
                 similarity=case.similarity,
                 similarity_min=case.similarity_min,
+                renormalize=renormalize,
                 replaced=replaced,
             )
         else:
@@ -377,3 +378,38 @@ def test_no_assignment_goes_to_a_missing_expert_under_any_threshold(case: Case, 
     assert (result.replaced[absent] > 0).all()
     if not missing[case.experts[rows]].any():
         assert torch.equal(result.slots, plain.slots) and torch.equal(result.weights, plain.weights)
+
+
+@SETTINGS
+@given(cases(), st.booleans(), st.sampled_from(["count", "gate_mass"]))
+def test_united_top_k_is_united_of_the_best_of_each_token(case: Case, renormalize: bool, ranking: str) -> None:
+    """Each number of experts apart: what `united` makes of a step whose tokens were routed to their best only."""
+    result = remap(case, "united_top_k", ranking, renormalize)
+    top_k = case.experts.shape[1]
+    theta = (case.thresholds.double() * 2**16 + 0.5).floor() / 2**16
+    best = ((1 + theta) * top_k / 2 + 0.5).floor().long()[case.token_class.long()]
+    assert (best >= (top_k + 1) // 2).all() and (best <= top_k).all()
+    if len(set(best[: case.num_tokens].tolist())) != 1:
+        return
+    (count,) = set(best[: case.num_tokens].tolist())
+    weights = case.weights[:, :count]
+    plain = remap(
+        replace(case, experts=case.experts[:, :count].contiguous(), weights=weights.contiguous()), "united", ranking
+    )
+    if renormalize and count < top_k:
+        plain.weights /= weights.sum(1, keepdim=True)
+    assert torch.equal(result.slots[:, :count], plain.slots) and (result.slots[:, count:] == -1).all()
+    torch.testing.assert_close(result.weights[:, :count], plain.weights)
+    assert torch.equal(result.replaced[: case.num_tokens], plain.replaced[: case.num_tokens] + top_k - count)
+
+
+def test_united_top_k_halves_the_assignments_by_and_by() -> None:
+    for theta, count in ((1.0, 4), (0.75, 4), (0.74, 3), (0.4, 3), (0.25, 3), (0.24, 2), (0.0, 2)):
+        routing = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+        tables = (torch.arange(4), torch.tensor([theta, 0.0, 1.0, 1.0]), torch.zeros(1, dtype=torch.int8))
+        for kernels in (reference, cpu):
+            slots, weights = kernels.remap_experts(
+                *routing, *tables, united_slots=4 + torch.arange(4), mechanism="united_top_k", renormalize=True
+            )
+            assert slots.tolist() == [[0, 1, 2, 3][:count] + [-1] * (4 - count)], "each alone in its group: it stays"
+            assert weights[0, :count].sum() == pytest.approx(1.0)

@@ -9,8 +9,9 @@ from torch import Tensor
 from backend.kernels.cpu.compiled import ZERO, exact_kernel
 from backend.kernels.reference.remap import FRACTION_BITS, LARGEST_WEIGHT
 
-_UNITED, _REROUTE, _DROP = 0, 1, 2
-_CODES = {"united": _UNITED, "reroute": _REROUTE, "drop": _DROP}
+_UNITED, _REROUTE, _DROP, _UNITED_TOP_K = 0, 1, 2, 3
+_CODES = {"united": _UNITED, "reroute": _REROUTE, "drop": _DROP, "united_top_k": _UNITED_TOP_K}
+_ONE = 1 << FRACTION_BITS
 _UNIT, _HALF, _LARGEST = np.float32(1 << FRACTION_BITS), np.float32(0.5), np.float32(LARGEST_WEIGHT)
 _NO_SIMILARITY, _NO_SCORES = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
 
@@ -28,6 +29,7 @@ def remap_experts(
     ranking: str = "count",
     similarity: Tensor | None = None,  # [E, E] float32
     similarity_min: Tensor | None = None,  # [] float32
+    renormalize: bool = False,
     replaced: Tensor | None = None,  # [T] int32, in place
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
@@ -49,6 +51,7 @@ def remap_experts(
         ranking == "gate_mass",
         _NO_SIMILARITY if similarity is None else similarity.numpy(),
         ZERO if similarity_min is None else np.float32(similarity_min.item()),
+        renormalize,
         _counters(replaced, experts),
         slots.numpy(),
         out.numpy(),
@@ -106,6 +109,7 @@ def _remap(
     by_mass,
     similarity,
     similarity_min,
+    renormalize,
     replaced,
     slots,
     out,
@@ -114,15 +118,17 @@ def _remap(
     top_k = experts.shape[1]
     num_experts = len(expert_slots)
     slots[num_tokens:] = -1
-    theta_of_class = np.empty(len(thresholds), np.int64)
+    theta_of_class, best_of_class = np.empty(len(thresholds), np.int64), np.full(len(thresholds), top_k)
     for i in range(len(thresholds)):
         theta_of_class[i] = np.int64(thresholds[i] * _UNIT + _HALF)
+        if mechanism == _UNITED_TOP_K:
+            best_of_class[i] = ((theta_of_class[i] + _ONE) * top_k + _ONE) >> (FRACTION_BITS + 1)
 
     demand, theta = np.zeros(num_experts, np.int64), np.zeros(num_experts, np.int64)
     total = 0
     for t in range(num_tokens):
         own_theta = theta_of_class[token_class[t]]
-        for k in range(top_k):
+        for k in range(best_of_class[token_class[t]]):
             share = _fraction(weights[t, k]) if by_mass else 1
             e = experts[t, k]
             demand[e] += share
@@ -138,7 +144,7 @@ def _remap(
                 before += demand[f] if ahead else 0
             kept[e] = expert_slots[e] >= 0 and before << FRACTION_BITS < theta[e] * total
             moved[e] = not kept[e]
-    if mechanism == _UNITED:
+    if mechanism in (_UNITED, _UNITED_TOP_K):
         _unite(moved, united_slots, expert_slots, target)
     elif mechanism == _REROUTE:
         _reroute(moved, kept, similarity, similarity_min, expert_slots, target)
@@ -152,15 +158,22 @@ def _remap(
             target[e] = united_slots[e]
 
     for t in range(num_tokens):
-        num_moved = 0
-        for k in range(top_k):
+        num_moved, num_best = 0, best_of_class[token_class[t]]
+        for k in range(num_best):
             e = experts[t, k]
             slots[t, k] = target[e]
             num_moved += moved[e]
-        replaced[t] += num_moved
+        slots[t, num_best:] = -1
+        replaced[t] += num_moved + top_k - num_best
         out[t] = weights[t]
-        if num_moved:
+        if renormalize and num_best < top_k:
+            total = ZERO
+            for k in range(num_best):
+                total += weights[t, k]
             for k in range(top_k):
+                out[t, k] /= total
+        if num_moved:
+            for k in range(num_best):
                 for j in range(k):
                     if slots[t, k] >= 0 and slots[t, j] == slots[t, k]:
                         out[t, j] += out[t, k]

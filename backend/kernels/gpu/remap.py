@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backend.kernels.gpu.common import power_of_2
 from backend.kernels.reference import remap as reference
-from backend.kernels.reference.remap import select_experts
+from backend.kernels.reference.remap import UNITED, select_experts
 
 __all__ = ["remap_experts", "select_experts"]
 
@@ -23,7 +23,14 @@ _CHUNK, _LEAST_CHUNK = 2048, 256
 _LEAST_ROWS = 16
 _ONE = tl.constexpr(2.0**reference.FRACTION_BITS)
 _BITS = tl.constexpr(reference.FRACTION_BITS)
+_UNIT = tl.constexpr(1 << reference.FRACTION_BITS)
 _LARGEST_WEIGHT = tl.constexpr(reference.LARGEST_WEIGHT)
+
+
+@triton.jit
+def _num_best(fraction, TOP_K: tl.constexpr):
+    """Experts that a token has under `united_top_k`, by its threshold in units of 1 / _UNIT."""
+    return ((fraction + _UNIT) * TOP_K + _UNIT) // (2 * _UNIT)
 
 
 @triton.jit(do_not_specialize=["num_assignments"])
@@ -39,6 +46,7 @@ def _demand_kernel(
     TOP_K: tl.constexpr,
     PADDED: tl.constexpr,
     GATE_MASS: tl.constexpr,
+    TRIM: tl.constexpr,  # a token has its best experts only
     CHUNK: tl.constexpr,
 ):
     """Grid (E): one expert each."""
@@ -55,7 +63,10 @@ def _demand_kernel(
         mine = inside & (tl.load(experts_ptr + index, mask=inside, other=-1) == expert)
         token_class = tl.load(token_class_ptr + index // TOP_K, mask=mine, other=0).to(tl.int32)
         threshold = tl.load(thresholds_ptr + token_class, mask=mine, other=0.0)
-        theta = tl.maximum(theta, tl.where(mine, tl.floor(threshold * _ONE + 0.5).to(tl.int32), 0))
+        fraction = tl.floor(threshold * _ONE + 0.5).to(tl.int32)
+        if TRIM:
+            mine = mine & (index % TOP_K < _num_best(fraction, TOP_K))
+        theta = tl.maximum(theta, tl.where(mine, fraction, 0))
         if GATE_MASS:
             weight = tl.load(weights_ptr + index, mask=mine, other=0.0)
             bounded = tl.where(weight == weight, tl.minimum(tl.maximum(weight, 0.0), _LARGEST_WEIGHT), 0.0)
@@ -74,6 +85,8 @@ def _remap_kernel(
     expert_slots_ptr,  # [E] int64
     united_slots_ptr,  # [E] int64
     demand_ptr,  # [2, E] int64
+    thresholds_ptr,  # [classes] float32, read with TRIM
+    token_class_ptr,  # [T] int8, read with TRIM
     num_tokens_ptr,  # [] int, read with PADDED
     slots_ptr,  # [T, K] int64, written
     new_weights_ptr,  # [T, K] float32, written
@@ -81,6 +94,8 @@ def _remap_kernel(
     num_rows,
     num_experts,
     UNITED: tl.constexpr,  # else given up assignments are dropped
+    TRIM: tl.constexpr,  # a token has its best experts only
+    RENORMALIZE: tl.constexpr,  # their weights sum to 1
     PADDED: tl.constexpr,
     COUNT: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -120,8 +135,20 @@ def _remap_kernel(
     if PADDED:
         valid = valid & (row < tl.load(num_tokens_ptr).to(tl.int32))
     index = row.to(tl.int64) * TOP_K + place
-    experts = tl.load(experts_ptr + index, mask=valid, other=0).to(tl.int32)
     weights = tl.load(weights_ptr + index, mask=inside, other=0.0)
+    trimmed = tl.zeros([ROWS, 1], tl.int32)
+    if TRIM:
+        token_class = tl.load(token_class_ptr + row, mask=row < num_rows, other=0).to(tl.int32)
+        threshold = tl.load(thresholds_ptr + token_class, mask=row < num_rows, other=1.0)
+        best = _num_best(tl.floor(threshold * _ONE + 0.5).to(tl.int32), TOP_K)
+        trimmed = tl.sum((valid & (place >= best)).to(tl.int32), 1)[:, None]
+        valid = valid & (place < best)
+        if RENORMALIZE:
+            total = tl.zeros([ROWS, 1], tl.float32)
+            for k in tl.static_range(TOP_K):  # from first to last, as the reference adds them
+                total += tl.sum(tl.where(valid & (place == k), weights, 0.0), 1)[:, None]
+            weights = tl.where(trimmed > 0, tl.div_rn(weights, tl.where(trimmed > 0, total, 1.0)), weights)
+    experts = tl.load(experts_ptr + index, mask=valid, other=0).to(tl.int32)
     found = tl.reshape(tl.gather(table, tl.reshape(experts, [ROWS * PLACES]), 0), [ROWS, PLACES])
     slots = tl.where(valid, found // 2 - 1, -1)
     moved = tl.sum(tl.where(valid, found % 2, 0), 1)[:, None]
@@ -139,7 +166,7 @@ def _remap_kernel(
     tl.store(new_weights_ptr + index, tl.where(moved > 0, merged, weights), mask=inside)
     if COUNT:
         counted = replaced_ptr + row
-        tl.store(counted, tl.load(counted, mask=row < num_rows, other=0) + moved, mask=row < num_rows)
+        tl.store(counted, tl.load(counted, mask=row < num_rows, other=0) + moved + trimmed, mask=row < num_rows)
 
 
 def remap_experts(
@@ -155,13 +182,14 @@ def remap_experts(
     ranking: str = "count",
     similarity: Tensor | None = None,  # [E, E] float32 (`reroute`): [e, f] how well f stands in for e
     similarity_min: Tensor | None = None,  # [] float32 (`reroute`)
+    renormalize: bool = False,  # `united_top_k`: gate weights of the experts that are left sum to 1
     replaced: Tensor | None = None,  # [T] int32, in place: each token's assignments that its own experts do not serve
 ) -> tuple[Tensor, Tensor]:
     """Keep the most demanded experts, replace the others: see `backend.kernels.reference.remap`.
 
     Returns slots [T, K] int64, -1 where nothing is to be computed, and weights [T, K] float32, of no meaning there.
     """
-    if mechanism not in ("united", "drop"):
+    if mechanism not in (*UNITED, "drop"):
         return reference.remap_experts(
             experts,
             weights,
@@ -195,6 +223,7 @@ def remap_experts(
         TOP_K=top_k,
         PADDED=num_tokens is not None,
         GATE_MASS=ranking == "gate_mass",
+        TRIM=mechanism == "united_top_k",
         CHUNK=min(_CHUNK, max(_LEAST_CHUNK, power_of_2(experts.numel()))),
         num_warps=4,
     )
@@ -208,13 +237,17 @@ def remap_experts(
         # Without united experts every expert is alone in its group.
         expert_slots if united_slots is None else united_slots,
         demand,
+        thresholds,
+        token_class,
         padding,
         slots,
         new_weights,
         experts if replaced is None else replaced,
         num_rows,
         num_experts,
-        UNITED=mechanism == "united",
+        UNITED=mechanism in UNITED,
+        TRIM=mechanism == "united_top_k",
+        RENORMALIZE=renormalize,
         PADDED=num_tokens is not None,
         COUNT=replaced is not None,
         TOP_K=top_k,

@@ -17,6 +17,8 @@ from torch import Tensor
 FRACTION_BITS = 16
 #: Mechanisms of `select_experts`; the others are those of `remap_experts`.
 BY_TOKEN = ("piggyback", "top_k")
+#: Mechanisms of `remap_experts` in which united experts serve.
+UNITED = ("united", "united_top_k")
 #: Largest gate weight that is told from larger ones; routers give at most 1, or a family's scale factor.
 LARGEST_WEIGHT = 1024.0
 
@@ -34,6 +36,7 @@ def remap_experts(
     ranking: str = "count",
     similarity: Tensor | None = None,  # [E, E] float32 (`reroute`): [e, f] how well f stands in for e
     similarity_min: Tensor | None = None,  # [] float32 (`reroute`)
+    renormalize: bool = False,  # `united_top_k`: gate weights of the experts that are left sum to 1
     replaced: Tensor | None = None,  # [T] int32, in place: each token's assignments that its own experts do not serve
 ) -> tuple[Tensor, Tensor]:
     """Keep the most demanded experts, replace the others (BrownoutServe, Algorithm 1).
@@ -45,6 +48,8 @@ def remap_experts(
 
     - `united`: by its group's united expert, if another expert of the group that tokens are routed to is not kept either;
       alone it stays, since nothing would be saved;
+    - `united_top_k`: as `united`, of fewer assignments: a token has only its floor((1 + theta) * K / 2 + 0.5) best experts, half
+      of them at theta = 0. The others count nowhere. Weights by which experts are ranked are those before `renormalize`;
     - `reroute` (after SERE, arXiv 2602.07616): by the most similar kept expert (ties by index), if it is at least as similar
       as `similarity_min`; else, and with theta = 0, where nothing is kept, it stays;
     - `drop`: by nothing.
@@ -57,7 +62,14 @@ def remap_experts(
     """
     num_experts = len(expert_slots)
     index = torch.arange(num_experts, device=experts.device)
-    valid = _valid(experts, num_tokens)
+    present = _valid(experts, num_tokens).expand_as(experts)
+    if mechanism == "united_top_k":
+        best = torch.arange(experts.shape[1], device=experts.device) < _num_best(
+            thresholds, token_class, experts.shape[1]
+        )
+        valid = present & best
+    else:
+        valid = present
     demand, theta = _demand(experts, weights, thresholds, token_class, valid, num_experts, ranking)
     active = demand > 0
     ranked_above = (demand > demand.unsqueeze(1)) | ((demand == demand.unsqueeze(1)) & (index < index.unsqueeze(1)))
@@ -65,7 +77,7 @@ def remap_experts(
     missing = expert_slots < 0
     kept = active & ~missing & (before << FRACTION_BITS < theta * demand.sum())
     given_up = active & ~kept
-    if mechanism == "united":
+    if mechanism in UNITED:
         together = index if united_slots is None else united_slots
         same_group = together.unsqueeze(1) == together
         moved = given_up & (missing | ((same_group & given_up).sum(1) >= 2))
@@ -85,7 +97,10 @@ def remap_experts(
     slots = torch.where(valid, target[experts], -1)
     moved_assignments = moved[experts] & valid
     if replaced is not None:
-        replaced += moved_assignments.sum(1)
+        replaced += (moved_assignments | (present & ~valid)).sum(1)
+    if renormalize and mechanism == "united_top_k":
+        left = weights / _ordered_sum(torch.where(valid, weights, 0.0))
+        weights = torch.where(valid.all(1, keepdim=True), weights, left)
     return _merge(slots, weights, moved_assignments.any(1, keepdim=True))
 
 
@@ -138,18 +153,28 @@ def _valid(experts: Tensor, num_tokens: Tensor | None) -> Tensor:
     return rows >= 0 if num_tokens is None else rows < num_tokens
 
 
+def _fractions(thresholds: Tensor) -> Tensor:
+    """[classes] int64: thresholds in units of 2^-FRACTION_BITS."""
+    return torch.floor(thresholds * 2**FRACTION_BITS + 0.5).long()
+
+
+def _num_best(thresholds: Tensor, token_class: Tensor, top_k: int) -> Tensor:
+    """[T, 1] int64: experts that a token has under `united_top_k`."""
+    one = 1 << FRACTION_BITS
+    return (((_fractions(thresholds) + one) * top_k + one) >> (FRACTION_BITS + 1))[token_class.long()].unsqueeze(1)
+
+
 def _demand(
     experts: Tensor,
     weights: Tensor,
     thresholds: Tensor,
     token_class: Tensor,
-    valid: Tensor,
+    valid: Tensor,  # [T, K] bool
     num_experts: int,
     ranking: str,
 ) -> tuple[Tensor, Tensor]:
     """[E] int64 demand of each expert, and [E] int64 the largest theta of the tokens routed to it, as a fraction."""
-    theta_of_class = torch.floor(thresholds * 2**FRACTION_BITS + 0.5).long()
-    theta = torch.where(valid, theta_of_class[token_class.long()].unsqueeze(1), 0).expand_as(experts)
+    theta = torch.where(valid, _fractions(thresholds)[token_class.long()].unsqueeze(1), 0)
     if ranking == "gate_mass":
         # At least 1: an expert that tokens are routed to is never without demand. NaN (a request gone wrong) counts as little.
         bounded = torch.nan_to_num(weights, nan=0.0).clamp(0.0, LARGEST_WEIGHT)

@@ -74,7 +74,7 @@ def launch_all(shape: str, architecture: int) -> None:
         gpu.store_kv(qkv[:, :groups], qkv[:, groups : 2 * groups], cache, cache, meta(rows, **long))
         with mock.patch.object(router, "router_logits", lambda x, w: meta(len(x), len(w), dtype=torch.float32)):
             experts, weights = gpu.route(x, meta(num_experts, hidden), None, top_k, config.norm_topk_prob)
-        for ranking in ("count", "gate_mass"):
+        for mechanism, ranking in (("united", "count"), ("united", "gate_mass"), ("united_top_k", "count")):
             gpu.remap_experts(
                 experts,
                 weights,
@@ -83,7 +83,9 @@ def launch_all(shape: str, architecture: int) -> None:
                 meta(rows, dtype=torch.int8),
                 meta(dtype=torch.int32),
                 united_slots=meta(num_experts, **long),
+                mechanism=mechanism,
                 ranking=ranking,
+                renormalize=config.norm_topk_prob,
                 replaced=meta(rows, dtype=torch.int32),
             )
     int32 = {"dtype": torch.int32}

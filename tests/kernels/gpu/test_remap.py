@@ -36,10 +36,19 @@ def make(tokens: int, num_experts: int, top_k: int, way: int, seed: int) -> tupl
     }
 
 
-@pytest.mark.parametrize(("mechanism", "ranking"), [("united", "count"), ("united", "gate_mass"), ("drop", "count")])
+@pytest.mark.parametrize(
+    ("mechanism", "ranking", "renormalize"),
+    [
+        ("united", "count", False),
+        ("united", "gate_mass", True),
+        ("drop", "count", False),
+        ("united_top_k", "count", True),
+        ("united_top_k", "gate_mass", False),
+    ],
+)
 @pytest.mark.parametrize(("tokens", "num_experts", "top_k", "way", "padding", "thetas", "missing"), CASES)
 def test_slots_and_weights_are_the_references(
-    run, tokens, num_experts, top_k, way, padding, mechanism, ranking, thetas, missing
+    run, tokens, num_experts, top_k, way, padding, mechanism, ranking, renormalize, thetas, missing
 ) -> None:
     (experts, weights, slots), more = make(tokens, num_experts, top_k, way, seed=tokens)
     if missing:
@@ -47,7 +56,7 @@ def test_slots_and_weights_are_the_references(
     thresholds = torch.tensor([*thetas, 1.0, 1.0] if thetas[0] else [*thetas, 0.0, 0.0])
     num_tokens = torch.tensor(tokens - padding) if padding else None
     args = (experts, weights, slots, thresholds, more["token_class"], num_tokens)
-    options = {"united_slots": more["united"], "mechanism": mechanism, "ranking": ranking}
+    options = {"united_slots": more["united"], "mechanism": mechanism, "ranking": ranking, "renormalize": renormalize}
     counts = [torch.arange(tokens, dtype=torch.int32) for _ in range(2)]
 
     def counted(replaced: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

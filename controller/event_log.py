@@ -25,6 +25,9 @@ class Event(msgspec.Struct):
     threshold_decode: float | None = None
     terms: dict[str, float | str | None] = {}
     settings_version: int | None = None
+    #: Of the settings in force once they were set.
+    mechanism: str | None = None
+    way: int | None = None
     message: str = ""
 
 

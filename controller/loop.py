@@ -183,4 +183,7 @@ class Controller:
         )
         self._holds_lease = True
         self._metrics.updated()
-        event.settings_version = status["settings"]["version"]
+        settings = status["settings"]
+        event.settings_version, event.mechanism, event.way = (
+            settings[name] for name in ("version", "mechanism", "way")
+        )

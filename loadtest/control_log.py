@@ -35,7 +35,8 @@ def read_control_log(path: Path) -> list[Sample]:
             source = row if row.get("mode", "control") == "control" else row.get("reading") or {}
             time_s, *thresholds = _number(row, "time_s"), *(_number(source, name) for name in _THRESHOLDS)
             if time_s is not None and None not in thresholds:
-                samples.append(Sample(time_s=time_s, **dict(zip(_THRESHOLDS, thresholds, strict=True))))
+                how = {name: row.get(name) for name in ("mechanism", "way")}
+                samples.append(Sample(time_s=time_s, **dict(zip(_THRESHOLDS, thresholds, strict=True)), **how))
     return sorted(samples, key=lambda sample: sample.time_s)
 
 

@@ -35,8 +35,12 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 class LossCurve:
     """Loss by thresholds, for one mechanism and way of a profile."""
 
-    def __init__(self, profile: Profile, *, mechanism: str = "united", way: int = 0) -> None:
-        """`way` 0 is the largest of the profile. Raises ConfigError if the profile has other mechanisms or ways only."""
+    def __init__(self, profile: Profile, *, mechanism: str | None = None, way: int = 0) -> None:
+        """By default of the profile's deepest level; `way` 0 is the largest with this mechanism.
+
+        Raises ConfigError if the profile has other mechanisms or ways only.
+        """
+        mechanism = mechanism or profile.levels[-1].mechanism
         own = [level for level in profile.levels[1:] if level.mechanism == mechanism]
         way = way or max((level.way for level in own), default=0)
         own = [level for level in own if level.way == way]
@@ -81,13 +85,22 @@ def _first_within(one: Level, other: Level, prefill: float, decode: float) -> fl
     return first if first <= last else None
 
 
+def curve_of_run(samples: Sequence[Sample], profile: Profile) -> LossCurve:
+    """For the mechanism and way that a controller's log names; without one those of the profile's deepest level.
+
+    Raises ConfigError if the profile has no level of them.
+    """
+    how = {(sample.mechanism, sample.way or 0) for sample in samples if sample.mechanism}
+    if len(how) > 1:
+        raise ConfigError(f"quality is known for runs of one mechanism; this one dimmed with {sorted(how)}")
+    mechanism, way = how.pop() if how else (None, 0)
+    return LossCurve(profile, mechanism=mechanism, way=way)
+
+
 def quality_of_run(
     records: Sequence[RequestRecord],
     samples: Sequence[Sample],
     profile: Profile,
-    *,
-    mechanism: str = "united",
-    way: int = 0,
 ) -> Quality | None:
     """Quality lost over a run, every output token weighing the same.
 
@@ -95,15 +108,14 @@ def quality_of_run(
         records: of all requests; those exempt from brownout (`never`) lose nothing.
         samples: the run's course, as `loadtest.control_log.read_course` gives it; thresholds hold until the next sample.
         profile: of the served checkpoint.
-        mechanism, way: what the run dimmed with; `way` 0 is the largest of the profile.
 
     Returns:
         None if no thresholds are known or no tokens were made.
 
     Raises:
-        ConfigError: the profile has no level of this mechanism and way.
+        ConfigError: the profile has no level of the mechanism and way that the run dimmed with.
     """
-    curve = LossCurve(profile, mechanism=mechanism, way=way)
+    curve = curve_of_run(samples, profile)
     known = [s for s in samples if s.threshold_prefill is not None and s.threshold_decode is not None]
     losses = [curve.losses(s.threshold_prefill, s.threshold_decode) for s in known]
     times = [s.time_s for s in known]

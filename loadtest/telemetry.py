@@ -35,6 +35,9 @@ class Sample(msgspec.Struct, kw_only=True):
     time_s: float
     threshold_prefill: float | None = None
     threshold_decode: float | None = None
+    #: What is done below the thresholds, as a controller's log says.
+    mechanism: str | None = None
+    way: int | None = None
     active_slots: float | None = None
     running: float | None = None
     waiting: float | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from backend.brownout.profile import Profile
 from backend.errors import ConfigError
 from loadtest.control_log import read_course
-from loadtest.quality import LossCurve, Quality, quality_of_run, quality_path, read_run_profile
+from loadtest.quality import Quality, curve_of_run, quality_of_run, quality_path, read_run_profile
 from loadtest.record import RequestRecord, Slo, read_records, weighted_percentile
 from loadtest.results import RunSummary, itl_latencies, summary_path, ttft_latencies
 from loadtest.telemetry import Sample
@@ -82,7 +82,7 @@ class RunData:
         """Loss in percent at the thresholds of each reading; nothing without a profile."""
         if self._profile is None:
             return [], []
-        curve = LossCurve(self._profile)
+        curve = curve_of_run(self._samples, self._profile)
         known = [s for s in self._while_running() if s.threshold_prefill is not None and s.threshold_decode is not None]
         return [s.time_s - self._start_s for s in known], [
             curve.losses(s.threshold_prefill, s.threshold_decode)[curve.measure] for s in known

@@ -13,7 +13,7 @@ from backend.errors import ConfigError
         ({"threshold_decode": float("nan")}, "threshold_decode must be between 0 and 1, got nan"),
         ({"similarity_min": -0.1}, "similarity_min must be between 0 and 1"),
         ({"resident_share": 1.1}, "resident_share must be between 0 and 1, got 1.1"),
-        ({"mechanism": "merge"}, "mechanism must be one of united, reroute, .* got 'merge'"),
+        ({"mechanism": "merge"}, "mechanism must be one of united, united_top_k, .* got 'merge'"),
         ({"ranking": "size"}, "ranking must be one of count, gate_mass, got 'size'"),
         ({"way": 1}, "way must be 0 .* or from 2 to 64, got 1"),
     ],
@@ -50,7 +50,7 @@ def test_fewer_resident_experts_need_a_resident_pool():
 
 def test_mechanisms_that_choose_by_token_are_refused_where_experts_may_be_missing():
     partly = Available((2,), missing_experts=True)
-    assert partly.mechanisms == ("united", "drop")
+    assert partly.mechanisms == ("united", "united_top_k", "drop")
     assert partly.way_of(Settings(mechanism="top_k")) == 2, "nothing is dimmed"
-    with pytest.raises(ConfigError, match=r"top_k cannot stand in for missing experts.*united, drop"):
+    with pytest.raises(ConfigError, match=r"top_k cannot stand in for missing experts.*united, united_top_k, drop"):
         partly.way_of(Settings(mechanism="top_k", threshold_decode=0.5))

@@ -203,7 +203,7 @@ def test_ways_are_switched_between_steps_in_place():
         (
             {"similarity": "none"},
             {"mechanism": "reroute"},
-            r"needs expert similarities.*\(parameter similarity\); available mechanisms are united, piggyback, top_k, drop",
+            r"needs expert similarities.*\(parameter similarity\); available mechanisms are united, united_top_k, piggyback, top_k, drop",
         ),
     ],
 )

@@ -36,12 +36,12 @@ thresholds = st.floats(0, 1)
     ],
 )
 def test_losses_between_levels_are_interpolated(prefill, decode, letter, exact):
-    assert LossCurve(PROFILE).losses(prefill, decode) == pytest.approx({"letter": letter, "exact_match": exact})
+    assert LossCurve(PROFILE, mechanism="united").losses(prefill, decode) == pytest.approx({"letter": letter, "exact_match": exact})
 
 
 @given(one=st.tuples(thresholds, thresholds), other=st.tuples(thresholds, thresholds))
 def test_more_dimming_never_costs_less(one, other):
-    for curve in (LossCurve(PROFILE), LossCurve(read_profile(DEMO_CHECKPOINT / "brownout-profile.json"))):
+    for curve in (LossCurve(PROFILE, mechanism="united"), LossCurve(read_profile(DEMO_CHECKPOINT / "brownout-profile.json"))):
         deeper = curve.losses(*map(min, one, other))
         assert all(deeper[name] >= loss - 1e-9 for name, loss in curve.losses(*one).items())
 
@@ -50,7 +50,7 @@ def test_what_the_profile_lacks_is_named():
     with pytest.raises(
         ConfigError, match="no level of united with way 4; it has reroute with way 0, united with way 8"
     ):
-        LossCurve(PROFILE, way=4)
+        LossCurve(PROFILE, mechanism="united", way=4)
 
 
 def record(responses: list[tuple[float, int]], brownout: str = "auto") -> RequestRecord:
@@ -60,7 +60,7 @@ def record(responses: list[tuple[float, int]], brownout: str = "auto") -> Reques
 
 
 def sample(time_s: float, prefill: float | None, decode: float | None) -> Sample:
-    return Sample(time_s=time_s, threshold_prefill=prefill, threshold_decode=decode)
+    return Sample(time_s=time_s, threshold_prefill=prefill, threshold_decode=decode, mechanism="united", way=8)
 
 
 def test_every_token_loses_what_the_thresholds_of_its_moment_cost():
@@ -80,6 +80,15 @@ def test_dimming_beyond_the_profile_is_a_lower_bound():
     shallow = Profile("ck", "f" * 32, 32, "letter", LEVELS[:2])
     found = quality_of_run([record([(1, 1)])], [sample(0, 0.5, 0.4)], shallow)
     assert (found.mean_loss_percent, found.is_lower_bound) == (1.0, True)
+
+
+def test_a_run_is_judged_by_the_mechanism_that_it_dimmed_with():
+    rerouted = [Sample(time_s=0, threshold_prefill=0.5, threshold_decode=0.5, mechanism="reroute", way=0)]
+    assert quality_of_run([record([(1, 1)])], rerouted, PROFILE).mean_loss_percent == 9.0
+    unknown = [Sample(time_s=0, threshold_prefill=0.5, threshold_decode=0.5)]
+    assert quality_of_run([record([(1, 1)])], unknown, PROFILE).mean_loss_percent == 9.0, "of the deepest level"
+    with pytest.raises(ConfigError, match="runs of one mechanism"):
+        quality_of_run([record([(1, 1)])], [*rerouted, sample(1, 1, 1)], PROFILE)
 
 
 def test_unknown_thresholds_and_no_tokens_are_no_quality():

@@ -107,7 +107,7 @@ def test_a_level_is_a_set_of_values(plane: ControlPlane) -> None:
         ({"way": 1}, "way must be 0 .* or from 2 to 64"),
         ({"way": 8}, "way 8 is not loaded; loaded ways are 2, 4"),
         ({"mechanism": "reroute"}, "reroute needs expert similarities"),
-        ({"mechanism": "magic"}, "mechanism must be one of united, reroute"),
+        ({"mechanism": "magic"}, "mechanism must be one of united, united_top_k"),
         ({"level": 2}, "level must be from 0 to 1, got 2"),
         ({"level": 1, "way": 2}, "level sets way itself"),
         ({"lease_s": -1}, "lease_s must be a number from 0 to 86400"),

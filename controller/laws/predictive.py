@@ -21,27 +21,29 @@ _RECENT_STEPS = 64
 #: A prediction may be corrected by what was served up to this factor.
 _MAX_TRIM = 3.0
 _TRIM_FADES_S = 5.0
+#: From thresholds so near to full quality, after so long without a need to dim, what the model takes to be too bright is tried,
+#: at this share of the usual pace.
+_NEARLY_FULL, _CALM_S, _PROBING = 0.8, 5.0, 0.1
 #: P90 of the rest of one step and all of the next, in P90s of a step: rarely are both that long.
 _STEPS_WITHOUT_QUEUE = 1.7
 #: Euler steps over the horizon.
 _HORIZON_PARTS = 6
-#: Brightness that moving a threshold by 1 must be worth: keeps the pair from wandering between equals.
-_STAY = 0.1
 
 
 class Predictive(Law):
-    """Per reading, over a grid of threshold pairs (all engines must hold):
+    """Per reading, over a grid of thresholds, the same for prefill and decode (all engines must hold):
 
     - inter-token latency: the P90 of recent steps, each repriced at the candidate thresholds, times the growth of a step
       over the next `horizon_s` if arrivals go on as they are (more sequences run at once);
     - TTFT of the queue's head (its age and a step) and tail (the whole queue's drain time, see `queue_model`), and of a
       request that finds no queue: it waits for the end of the running step, then for its own.
 
-    Of the pairs that keep both within (1 - margin) of the SLO the brightest is the target: the one with the highest mean
-    threshold over the tokens of prompts and answers that arrive. Dimming goes there at once;
-    brightening wants `hysteresis` more margin, only goes as far as the present arrivals could be sustained, and moves
-    `brighten_per_s` at most. Latencies that were missed though the
-    predictions had them within the SLO raise the predictions by a trim, which fades when they are kept again.
+    Of those that keep both within (1 - margin) of the SLO the brightest is the target. Under load nearly every step has tokens
+    of both phases, and an expert that one of them keeps is read for all: one phase dimmed alone saves little. Dimming goes to
+    the target at once; brightening wants `hysteresis` more margin, goes as far as the present arrivals could be sustained, and
+    moves `brighten_per_s` at most. Near full quality it goes on slowly if no need to dim has shown for some seconds: the model
+    may be wrong about what lasts, and only learns it by trying. Latencies that were missed though the predictions had them
+    within the SLO raise the predictions by a trim, which fades when they are kept again.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Predictive(Law):
         self._itl = _Trim(limits.itl_slo_s, self.window_s)
         self._arrivals: dict[int, tuple[float, float]] = {}
         self._recent: dict[int, list[StepSample]] = {}
+        #: Since it was last necessary to dim.
+        self._undimmed_s = 0.0
         self._grid_prefill, self._grid_decode = _grid(limits)
 
     def resume(self, threshold_prefill: float, threshold_decode: float) -> None:
@@ -105,25 +109,28 @@ class Predictive(Law):
         self._ttft.update(float(ttft[0]), reading.ttft_p90_s, dt_s)
         self._itl.update(float(itl[0]), reading.itl_p90_s, dt_s)
         load = np.maximum(ttft / limits.ttft_slo_s, itl / limits.itl_slo_s)
-        share = self._prefill_share(reading)
-        brightness = share * theta_prefill + (1 - share) * theta_decode
+        brightness = theta_prefill + theta_decode
         now = (self.threshold_prefill, self.threshold_decode)
-        move = np.abs(theta_prefill - now[0]) + np.abs(theta_decode - now[1])
-        score = brightness - _STAY * move
+        self._undimmed_s += dt_s
         if load[0] > 1 - self._margin:
+            self._undimmed_s = 0.0
             fits = load <= 1 - self._margin
             # Where nothing helps enough, the deepest dimming hurts least.
-            best = int(np.argmax(np.where(fits, score, -np.inf))) if fits.any() else len(load) - 1
+            best = int(np.argmax(np.where(fits, brightness, -np.inf))) if fits.any() else len(load) - 1
             action = "dim" if fits.any() else "dim fully"
             self.threshold_prefill = float(theta_prefill[best])
             self.threshold_decode = float(theta_decode[best])
         else:
             sustained = self._sustained(reading, theta_prefill, theta_decode)
             fits = np.maximum(load, sustained) <= 1 - self._margin - self._hysteresis
-            best = int(np.argmax(np.where(fits, score, -np.inf))) if fits.any() else 0
+            rate = self._brighten_per_s
+            calm = self._undimmed_s >= _CALM_S and min(now) >= _NEARLY_FULL
+            if calm and not (fits & (brightness > brightness[0])).any():
+                fits, rate = brightness > brightness[0], _PROBING * rate
+            best = int(np.argmax(np.where(fits, brightness, -np.inf))) if fits.any() else 0
             action = "hold"
             if brightness[best] > brightness[0]:
-                step = self._brighten_per_s * dt_s
+                step = rate * dt_s
                 self.threshold_prefill = min(max(now[0], float(theta_prefill[best])), now[0] + step)
                 self.threshold_decode = min(max(now[1], float(theta_decode[best])), now[1] + step)
                 action = "brighten"
@@ -133,19 +140,10 @@ class Predictive(Law):
             itl_predicted_s=_finite(itl[0]),
             ttft_target_s=_finite(ttft[best]),
             itl_target_s=_finite(itl[best]),
-            prefill_share=share,
             trim_ttft=self._ttft.factor,
             trim_itl=self._itl.factor,
             model_error=self.model.error,
         )
-
-    def _prefill_share(self, reading: Reading) -> float:
-        """Prompt tokens / all tokens of what arrives; half while nothing is known."""
-        prompt = sum(tokens for _, tokens in self._arrivals.values())
-        output = sum(
-            self._arrivals[index][0] * engine.load.mean_output_tokens for index, engine in enumerate(reading.engines)
-        )
-        return prompt / (prompt + output) if prompt > 0 and output > 0 else 0.5
 
     def _follow(self, index: int, engine: EngineReading, dt_s: float) -> None:
         """Keep the engine's arrival rates, smoothed, and its recent steps."""
@@ -238,13 +236,9 @@ class Predictive(Law):
 
 
 def _grid(limits: Limits) -> tuple[Array, Array]:
-    """Threshold pairs within the limits, [N] each; the last is the deepest dimming."""
-    prefill = np.linspace(1.0, limits.min_threshold_prefill, _GRID)
-    decode = np.linspace(1.0, limits.min_threshold_decode, _GRID)
-    pairs = np.array([(p, d) for p in prefill for d in decode])
-    # Among pairs of equal brightness the evenest comes first, and is chosen.
-    order = np.lexsort((np.abs(pairs[:, 0] - pairs[:, 1]), -pairs.sum(1).round(9)))
-    return pairs[order, 0], pairs[order, 1]
+    """Thresholds for prefill and decode, [N] each, from the brightest to the deepest dimming within the limits."""
+    both = np.linspace(1.0, min(limits.min_threshold_prefill, limits.min_threshold_decode), _GRID)
+    return np.maximum(both, limits.min_threshold_prefill), np.maximum(both, limits.min_threshold_decode)
 
 
 def _mean_threshold(prompt: float, output: float, theta_prefill: Array, theta_decode: Array) -> Array:

@@ -17,7 +17,8 @@ def add_shared(parser: argparse.ArgumentParser, output: str) -> None:
         metavar="FILE",
         help="recorded arrivals, in place of the burst or beside it (docs/loads.md)",
     )
-    add("--max-quality-loss", type=float, default=5.0, metavar="PERCENT", help="how much dimming may cost (default 5)")
+    add("--max-quality-loss", type=float, default=6.0, metavar="PERCENT", help="the most that dimming may cost at any moment "
+        "(default %(default)s)")  # fmt: skip
     add(
         "--widen",
         type=int,

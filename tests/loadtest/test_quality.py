@@ -36,12 +36,17 @@ thresholds = st.floats(0, 1)
     ],
 )
 def test_losses_between_levels_are_interpolated(prefill, decode, letter, exact):
-    assert LossCurve(PROFILE, mechanism="united").losses(prefill, decode) == pytest.approx({"letter": letter, "exact_match": exact})
+    assert LossCurve(PROFILE, mechanism="united").losses(prefill, decode) == pytest.approx(
+        {"letter": letter, "exact_match": exact}
+    )
 
 
 @given(one=st.tuples(thresholds, thresholds), other=st.tuples(thresholds, thresholds))
 def test_more_dimming_never_costs_less(one, other):
-    for curve in (LossCurve(PROFILE, mechanism="united"), LossCurve(read_profile(DEMO_CHECKPOINT / "brownout-profile.json"))):
+    for curve in (
+        LossCurve(PROFILE, mechanism="united"),
+        LossCurve(read_profile(DEMO_CHECKPOINT / "brownout-profile.json")),
+    ):
         deeper = curve.losses(*map(min, one, other))
         assert all(deeper[name] >= loss - 1e-9 for name, loss in curve.losses(*one).items())
 

@@ -34,12 +34,25 @@ def show(result: dict, console: Console) -> None:
             table.add_row(name, *(f"{row[key]:.4g}" for key in _COLUMNS.values()))
         table.add_section()
     console.print(table)
+    if any("functions" in row for row in result["policies"].values()):
+        console.print(_functions_table({**result["policies"], **result["ablations"]}))
     for latency, names in result["fronts"].items():
         console.print(f"Front of {latency}, GB·s and loss: {', '.join(names)}")
     if result["windows"]["eplb"]:
         console.print(_windows_table(result["windows"], work["windows"]))
     if result["sensitivity"]:
         console.print(_sensitivity_table(result["sensitivity"]))
+
+
+def _functions_table(rows: dict[str, dict]) -> Table:
+    table = Table(title="Expert functions of the simulated layers: totals, and states at the end")
+    names = ("loads", "evictions", "expiries", "refusals", "warm", "loading", "cold")
+    for title in ("policy", "plans", "active but cold", *names):
+        table.add_column(title, no_wrap=title == "policy", justify="left" if title == "policy" else "right")
+    for name, row in rows.items():
+        if "functions" in row:
+            table.add_row(name, str(row["plans"]), str(row["misses"]), *(str(row["functions"][key]) for key in names))
+    return table
 
 
 def _windows_table(windows: dict, count: int) -> Table:

@@ -40,8 +40,9 @@ def test_a_full_device_gives_up_replicas_first_then_the_longest_unused_but_nothi
     # Everything else is loading, planned or in use: no room for now.
     assert functions.prepare([(3, 0), (1, 0)], 5.0, in_use=[(0, 0)]) == []
     telemetry = functions.telemetry(5.0)
-    assert telemetry["refusals_total"] == 1 and telemetry["evictions_total"] == 2 and telemetry["loads_total"] == 6
-    assert telemetry["warm_copies"] == 3 and telemetry["loading_copies"] == 1 and telemetry["cold_experts"] == 1
+    assert (telemetry.loads, telemetry.evictions, telemetry.refusals, telemetry.expiries) == (6, 2, 1, 0)
+    assert (telemetry.warm, telemetry.loading, telemetry.cold) == (3, 1, 1)
+    assert telemetry.slot_byte_s == functions.cost_gb_s(5.0) * 1e9 and telemetry.always_on_byte_s == 4 * 5 * BYTES
 
 
 def test_a_failed_load_leaves_the_copy_cold():
@@ -50,6 +51,7 @@ def test_a_failed_load_leaves_the_copy_cold():
     functions.cancel((0, 0), 2.0)
     assert functions.state((0, 0)) == COLD and functions.in_memory() == [0]
     assert functions.cost_gb_s(9.0) == pytest.approx(4.0)
+    assert functions.telemetry(9.0).failures == 1
 
 
 @pytest.mark.parametrize(
@@ -95,12 +97,18 @@ def test_memory_and_the_meter_hold_for_any_sequence_of_plans(capacity, actions, 
         assert all(functions.state(copy) == LOADING for copy in started)
         assert all(functions.state(copy) == WARM for copy in in_use)
         functions.commit([copy for copy in arrived if functions.state(copy) == LOADING], now)
+        for copy in [copy for copy in started if functions.state(copy) == LOADING][1:]:
+            functions.cancel(copy, now)
         warm = {copy for copy in functions.copies() if functions.state(copy) == WARM}
         if use:
             functions.use(warm, now)
         assert {(e, d) for e in range(4) for d in functions.warm_devices(e)} == warm
         for device, room in enumerate(capacity):
             assert functions.in_memory()[device] == sum(d == device for _, d in functions.copies()) <= room
+        found = functions.telemetry(now)
+        assert found.warm + found.loading == len(functions.copies())
+        # What has been loaded is there or has left.
+        assert found.loads == found.warm + found.loading + found.failures + found.evictions + found.expiries
     assert functions.cost_gb_s(now) == pytest.approx(spent)
 
 

@@ -22,8 +22,12 @@ def test_the_file_has_every_policy_with_its_figures(tmp_path, capsys):
         for key in ("layer_ms_p50", "layer_ms_p99", "e2e_ms_p50", "cost_gb_s"):
             assert row[key] > 0
         assert row["quality_loss_percent"] >= 0
+    assert {name for name, row in result["policies"].items() if "functions" in row} == {"moeless", "moeless_brownout"}
+    functions = result["policies"]["moeless"]["functions"]
+    assert functions["loads"] == sum(functions[key] for key in ("warm", "loading", "evictions", "expiries"))
     assert result["cost_model"]["assumed"] is True
     text = capsys.readouterr().out
+    assert "Expert functions" in text
     assert "assumed constants" in text and str(first) in text.replace("\n", "")
 
 

@@ -8,6 +8,8 @@ from pytest import approx, fixture, raises
 from rich.progress import Progress
 
 from backend.config import DEMO_CHECKPOINT
+from backend.demo.template import END_OF_TEXT
+from backend.demo.tokenizer import save_tokenizer, train_tokenizer
 from backend.elastic.predictor import FILE_NAME, Ewma, HiddenLayer, LastWindow, LoadPredictor, load_error, recall
 from backend.elastic.recording import Recording, fingerprint_of, record, record_traffic
 from backend.elastic.traffic import demo_questions, mixed
@@ -145,14 +147,23 @@ def test_the_demo_checkpoints_predictor_finds_more_than_its_routers_and_beats_pa
 
 
 def test_mixed_traffic_has_passages_of_every_text_and_questions(tmp_path):
-    for name in ("code", "prose"):
-        np.save(tmp_path / f"{name}.held_out.npy", np.arange(100, dtype=np.uint16))
+    # The folder's tokenizer is another one than any checkpoint's: what counts is the text.
+    tokenizer = train_tokenizer(["one two three"], vocab_size=300)
+    save_tokenizer(tokenizer, tmp_path)
+    texts = {name: "".join(f"{name} {i:02}; " for i in range(100)) for name in ("code", "prose")}
+    for name, text in texts.items():
+        ids = tokenizer.encode(text + END_OF_TEXT).ids[-100:]
+        np.save(tmp_path / f"{name}.held_out.npy", np.array(ids, dtype=np.uint16))
     traffic = mixed(tmp_path, passages=3, length=30, repeats=1, seed=0)
     assert set(traffic.domains) == {"chat", "code", "prose", "questions"}
-    code = sorted(p for p, domain in zip(traffic.prompts, traffic.domains, strict=True) if domain == "code")
-    assert code == [list(range(start, start + 30)) for start in (0, 35, 70)]
+    code = [p for p, domain in zip(traffic.prompts, traffic.domains, strict=True) if domain == "code"]
+    assert len(set(code)) == 3 and all(passage in texts["code"] + END_OF_TEXT for passage in code)
+    assert sum(passage.endswith(END_OF_TEXT) for passage in code) == 1
     with raises(ConfigError, match="4 passages of 30 need more"):
         mixed(tmp_path, passages=4, length=30, repeats=1, seed=0)
+    (tmp_path / "tokenizer.json").unlink()
+    with raises(ConfigError, match="there is no tokenizer"):
+        mixed(tmp_path, passages=3, length=30, repeats=1, seed=0)
     with raises(ConfigError, match="has no texts"):
         mixed(tmp_path / "absent", passages=1, length=1, repeats=1, seed=0)
 

@@ -81,7 +81,9 @@ def _windows_table(windows: dict, count: int) -> Table:
     for base, rows in windows.items():
         for name, row in rows.items():
             if name != base:
-                table.add_row(name, base, *(" ".join(f"{value:+.1f}" for value in row[key]) for key in titles.values()))
+                table.add_row(
+                    _short(name), base, *(" ".join(f"{value:+.1f}" for value in row[key]) for key in titles.values())
+                )
     return table
 
 

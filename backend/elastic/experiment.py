@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -89,13 +89,16 @@ def history(work: Workload) -> list[list[float]]:
 def run_policy(
     name: str, work: Workload, setup: Setup, advance: Callable[[float], object] = lambda seconds: None
 ) -> dict[str, object]:
-    """Simulate one policy; returns the figures of `figures` with the policy's own counters."""
+    """Simulate one policy; returns the figures of `figures`, and of one with expert functions their FunctionTelemetry.
+
+    "functions", "plans" and "misses" (active experts without a warm copy) are sums over the pool's layers.
+    """
     policies = make_policies(name, work, setup)
     outcome = simulate(work, policies, setup.cost, advance)
     result = figures(outcome, setup.loss if name == "moeless_brownout" else None)
     elastic = [policy for policy in policies if isinstance(policy, ElasticPolicy)]
     if elastic:
-        telemetry = [policy.functions.telemetry(outcome.makespan_s) for policy in elastic]
+        telemetry = [asdict(policy.functions.telemetry(outcome.makespan_s)) for policy in elastic]
         result["functions"] = {key: sum(layer[key] for layer in telemetry) for key in telemetry[0]}
         result["plans"] = sum(policy.plans for policy in elastic)
         result["misses"] = sum(policy.misses for policy in elastic)

@@ -14,12 +14,34 @@ Time is passed in, in seconds on any monotonic clock, so that the simulator and 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backend.elastic.placer import Copy
 
-COLD, LOADING, WARM = "cold", "loading", "warm"
+STATES = COLD, LOADING, WARM = "cold", "loading", "warm"
 GB = 1e9
+
+
+@dataclass
+class FunctionTelemetry:
+    """What expert functions do, counted alike by the simulator and by the pools of a running engine."""
+
+    #: As of now: copies that serve, copies on their way, and experts of which there is neither.
+    warm: int = 0
+    loading: int = 0
+    cold: int = 0
+    #: Since the start: loads begun, and those of them that failed.
+    loads: int = 0
+    failures: int = 0
+    #: Warm copies that gave way: to others, to a smaller share of memory, or with the worker that held them.
+    evictions: int = 0
+    #: Warm copies that were idle for the keep-alive time.
+    expiries: int = 0
+    #: Copies, or whole plans of a worker pool, for which there was no room.
+    refusals: int = 0
+    #: Bytes of memory for copies, loading included, times seconds; and what one warm copy of each expert would have taken.
+    slot_byte_s: float = 0.0
+    always_on_byte_s: float = 0.0
 
 
 @dataclass
@@ -48,7 +70,7 @@ class ExpertFunctions:
         self._spent_gb_s = 0.0
         self._next_expiry = float("inf")
         self._started_at = now
-        self._counters = {"loads": 0, "evictions": 0, "expiries": 0, "refusals": 0}
+        self._totals = FunctionTelemetry()
 
     def state(self, copy: Copy) -> str:
         function = self._functions.get(copy)
@@ -82,7 +104,8 @@ class ExpertFunctions:
 
         Warm copies outside the plan give way, those of experts that are warm elsewhere first, then longest unused first, but
         never those that a running step uses (`in_use`), nor the only warm copy of an expert that the plan has elsewhere: it
-        serves until its successor is there. A copy for which there is no room stays cold; a later `prepare` tries again. Raises ValueError as `check` does.
+        serves until its successor is there. A copy for which there is no room stays cold; a later `prepare` tries again.
+        Raises ValueError as `check` does.
         """
         self.check(plan)
         self.expire(now)
@@ -96,12 +119,12 @@ class ExpertFunctions:
         for copy in missing:
             device = copy[1]
             if self._in_memory[device] >= self.capacity[device] and not self._evict(device, kept, experts, now):
-                self._counters["refusals"] += 1
+                self._totals.refusals += 1
                 continue
             self._functions[copy] = _Function(LOADING, now, now)
             self._in_memory[device] += 1
             started.append(copy)
-        self._counters["loads"] += len(started)
+        self._totals.loads += len(started)
         return started
 
     def commit(self, arrived: Iterable[Copy], now: float) -> int:
@@ -123,6 +146,7 @@ class ExpertFunctions:
         if self.state(copy) != LOADING:
             raise ValueError(f"copy {copy} is {self.state(copy)}, only loading copies can be cancelled")
         self._release(copy, now)
+        self._totals.failures += 1
 
     def use(self, copies: Iterable[Copy], now: float) -> None:
         """Warm copies served a step that ended `now`: their keep-alive starts again."""
@@ -138,7 +162,7 @@ class ExpertFunctions:
         for copy, function in warm:
             if function.last_used <= limit:
                 self._release(copy, function.last_used + self.keep_alive_s)
-                self._counters["expiries"] += 1
+                self._totals.expiries += 1
         left = [f.last_used for _, f in warm if f.last_used > limit]
         self._next_expiry = min(left, default=float("inf")) + self.keep_alive_s
 
@@ -151,20 +175,18 @@ class ExpertFunctions:
         """What one copy of each expert would have cost, had it been in memory all the time."""
         return self.num_experts * (now - self._started_at) * self.bytes_per_expert / GB
 
-    def telemetry(self, now: float) -> dict[str, float]:
-        """Gauges and counters since the start, as plain numbers."""
+    def telemetry(self, now: float) -> FunctionTelemetry:
+        """The totals, and the states as of now."""
         self.expire(now)
         warm = sum(map(len, self._warm))
-        return {
-            "version": self.version,
-            "warm_copies": warm,
-            "loading_copies": len(self._functions) - warm,
-            "cold_experts": self.num_experts - len({expert for expert, _ in self._functions}),
-            **{f"{name}_total": count for name, count in self._counters.items()},
-            "loaded_bytes_total": self._counters["loads"] * self.bytes_per_expert,
-            "cost_gb_s": self.cost_gb_s(now),
-            "always_on_gb_s": self.always_on_gb_s(now),
-        }
+        return replace(
+            self._totals,
+            warm=warm,
+            loading=len(self._functions) - warm,
+            cold=self.num_experts - len({expert for expert, _ in self._functions}),
+            slot_byte_s=self.cost_gb_s(now) * GB,
+            always_on_byte_s=self.always_on_gb_s(now) * GB,
+        )
 
     def _evict(self, device: int, kept: Collection[Copy], experts: Collection[int], now: float) -> bool:
         idle = [
@@ -178,7 +200,7 @@ class ExpertFunctions:
         if not idle:
             return False
         self._release(min(idle)[2], now)
-        self._counters["evictions"] += 1
+        self._totals.evictions += 1
         return True
 
     def _release(self, copy: Copy, now: float) -> None:

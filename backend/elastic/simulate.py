@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--windows",
         type=int,
         default=1,
-        help="compare static, eplb and moeless over so many windows, one after the other",
+        help="compare static, eplb, moeless and its ablations over so many windows, one after the other",
     )
     load.add_argument("--max-batch-tokens", type=int, default=2048)
     load.add_argument("--max-running", type=int, default=256)
@@ -139,13 +139,14 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
         return result
 
     policies = {name: simulated(name, name, work, setup) for name in args.policies.split(",")}
-    ablations = {} if args.no_ablations else {name: simulated(name, name, work, setup) for name in ABLATIONS}
+    ablated = [] if args.no_ablations else list(ABLATIONS)
+    ablations = {name: simulated(name, name, work, setup) for name in ablated}
     windows = []
     if args.windows > 1:
         for window in range(args.windows):
             rows = {
                 name: simulated(name, f"window {window + 1}: {name}", workload(args.seconds, window), setup)
-                for name in WINDOWED
+                for name in (*WINDOWED, *ablated)
             }
             windows.append(rows)
     sensitivity = []
@@ -165,8 +166,8 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
             key: front({**policies, **ablations}, key) for key in ("layer_ms_p50", "layer_ms_p99", "layer_ms_mean")
         },
         "windows": {
-            base: spread([against(rows, base, WINDOWED) for rows in windows]) if windows else {}
-            for base in ("static", "eplb")
+            base: spread([against(rows, base, names) for rows in windows]) if windows else {}
+            for base, names in (("static", WINDOWED), ("eplb", WINDOWED), ("moeless", ablated))
         },
         "sensitivity": sensitivity,
         "workload": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,15 +26,14 @@ def show(result: dict, console: Console) -> None:
     console.print(", ".join(f"{key} {value:.4g}" for key, value in cost.items()))
     work = result["workload"]
     console.print(f"{work['requests']} requests from {work['arrivals']}; {work['routing']}")
-    table = Table(title=f"{work['devices']} devices, {work['layers']} layers, simulated")
-    table.add_column("policy", no_wrap=True)
-    for title in _COLUMNS:
-        table.add_column(title, justify="right")
+    table = _table(f"{work['devices']} devices, {work['layers']} layers, simulated", ["policy"], list(_COLUMNS))
     for rows in (result["policies"], result["ablations"]):
         for name, row in rows.items():
-            table.add_row(name, *(f"{row[key]:.4g}" for key in _COLUMNS.values()))
+            table.add_row(_short(name), *(f"{row[key]:.4g}" for key in _COLUMNS.values()))
         table.add_section()
     console.print(table)
+    if any("functions" in row for row in result["policies"].values()):
+        console.print(_functions_table({**result["policies"], **result["ablations"]}))
     for latency, names in result["fronts"].items():
         console.print(f"Front of {latency}, GB·s and loss: {', '.join(names)}")
     if result["windows"]["eplb"]:
@@ -42,8 +42,33 @@ def show(result: dict, console: Console) -> None:
         console.print(_sensitivity_table(result["sensitivity"]))
 
 
+def _table(title: str, names: list[str], numbers: list[str]) -> Table:
+    """An empty table with columns of names and of numbers, which fits into 80 characters."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
+def _short(policy: str) -> str:
+    return policy.replace("moeless_without_", " without ")
+
+
+def _functions_table(rows: dict[str, dict]) -> Table:
+    keys = {"loads": "loads", "evicted": "evictions", "expired": "expiries", "no room": "refusals"}
+    keys |= {"warm": "warm", "cold": "cold"}
+    title = "Expert functions of the simulated layers: totals, and states at the end"
+    table = _table(title, ["policy"], ["plans", "misses", *keys])
+    for name, row in rows.items():
+        if "functions" in row:
+            cells = (row["plans"], row["misses"], *(row["functions"][key] for key in keys.values()))
+            table.add_row(_short(name), *map(str, cells))
+    return table
+
+
 def _windows_table(windows: dict, count: int) -> Table:
-    table = Table(title=f"Change in % over {count} windows: least, median, most")
     titles = {
         "layer p50": "layer_ms_p50",
         "layer p99": "layer_ms_p99",
@@ -52,20 +77,19 @@ def _windows_table(windows: dict, count: int) -> Table:
         "GB·s": "cost_gb_s",
         "GB·s while running": "execution_gb_s",
     }
-    for title in ("policy", "against", *titles):
-        table.add_column(title, no_wrap=title == "policy")
+    table = _table(f"Change in % over {count} windows: least, median, most", ["policy", "against"], list(titles))
     for base, rows in windows.items():
         for name, row in rows.items():
             if name != base:
-                table.add_row(name, base, *(" ".join(f"{value:+.1f}" for value in row[key]) for key in titles.values()))
+                table.add_row(
+                    _short(name), base, *(" ".join(f"{value:+.1f}" for value in row[key]) for key in titles.values())
+                )
     return table
 
 
 def _sensitivity_table(rows: list[dict]) -> Table:
-    table = Table(title="Sensitivity: change against static in %, layer p50 / p99 / GB·s")
     names = [name for name in rows[0]["policies"] if name != "static"]
-    for title in ("constant", "factor", *names):
-        table.add_column(title, justify="left" if title == "constant" else "right")
+    table = _table("Sensitivity: change against static in %, layer p50 / p99 / GB·s", ["constant"], ["factor", *names])
     for row in rows:
         if "static" not in row["policies"]:
             continue

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from backend.demo.prompts import make_prompts
+from backend.demo.tokenizer import load_tokenizer
 from backend.errors import ConfigError
 
 _SUFFIX = ".held_out.npy"
@@ -16,9 +16,9 @@ _SUFFIX = ".held_out.npy"
 
 @dataclass(frozen=True)
 class Traffic:
-    """Prompts (texts or token ids) and the domain of each."""
+    """Prompts and the domain of each."""
 
-    prompts: list[str | Sequence[int]]
+    prompts: list[str]
     domains: list[str]
 
 
@@ -33,7 +33,8 @@ def demo_questions(repeats: int, seed: int) -> Traffic:
 def mixed(data: Path, passages: int, length: int, repeats: int, seed: int) -> Traffic:
     """Passages of `length` tokens from every held-out text of `backend.demo.prepare`, and questions as one more domain.
 
-    Passages are spread evenly over each text and do not overlap. Raises ConfigError if there are no texts or one is short.
+    Passages are spread evenly over each text and do not overlap. They are texts: the folder has a tokenizer of its own, which
+    need not be that of the checkpoint that is recorded. Raises ConfigError if there are no texts or one is short.
     """
     questions = demo_questions(repeats, seed)
     prompts = list(questions.prompts)
@@ -41,6 +42,10 @@ def mixed(data: Path, passages: int, length: int, repeats: int, seed: int) -> Tr
     files = sorted(data.glob(f"*{_SUFFIX}"))
     if not files:
         raise ConfigError(f"{data} has no texts (*{_SUFFIX}); backend.demo.prepare writes them")
+    try:
+        tokenizer = load_tokenizer(data)
+    except FileNotFoundError as error:
+        raise ConfigError(f"the texts cannot be read: {error}; backend.demo.prepare writes one") from None
     for file in files:
         try:
             tokens = np.load(file)
@@ -49,7 +54,7 @@ def mixed(data: Path, passages: int, length: int, repeats: int, seed: int) -> Tr
         if len(tokens) < passages * length:
             raise ConfigError(f"text {file} has {len(tokens)} tokens, {passages} passages of {length} need more")
         for start in np.linspace(0, len(tokens) - length, passages).astype(int):
-            prompts.append(tokens[start : start + length].tolist())
+            prompts.append(tokenizer.decode(tokens[start : start + length].tolist(), skip_special_tokens=False))
             domains.append(file.name.removesuffix(_SUFFIX))
     order = np.random.default_rng(seed).permutation(len(prompts))
     return Traffic([prompts[i] for i in order], [domains[i] for i in order])

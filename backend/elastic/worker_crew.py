@@ -68,12 +68,19 @@ class Member:
     coming: np.ndarray | None = None
     loading: Future[int] | None = None
 
+    @property
+    def num_loading(self) -> int:
+        """Copies on their way."""
+        return 0 if self.coming is None else int((self.coming & ~self.held).sum())
+
 
 @dataclass
 class _Start:
     """A worker that is being started: beside, perhaps, the slow one whose place it takes."""
 
     member: Future[Member]
+    #: [L, E] what it will hold.
+    coming: np.ndarray
     failures: int = 0
 
 
@@ -179,6 +186,8 @@ class WorkerCrew:
             self._begin(worker)
 
     def _end(self, member: Member) -> None:
+        self._telemetry.evictions += int(member.held.sum())
+        self._telemetry.failures += member.num_loading
         self._background.submit(member.handle.stop)
 
     def relieve(self, worker: int) -> None:
@@ -191,23 +200,38 @@ class WorkerCrew:
         self._begin(worker)
 
     def meter(self) -> None:
-        """Charge what the workers have held since the last call: memory × time, as serverless functions are billed."""
-        now = time.monotonic()
-        held = int(self.holders.counts.sum()) * self.shape.expert_bytes
-        self._telemetry.slot_byte_s += held * (now - self._metered_s)
+        """Bring the telemetry up to date: the states of the copies, and their memory × time since the last call."""
+        found, now = self._telemetry, time.monotonic()
+        byte_s = self.shape.expert_bytes * (now - self._metered_s)
+        found.slot_byte_s += (found.warm + found.loading) * byte_s
+        found.always_on_byte_s += self.holders.counts.size * byte_s
         self._metered_s = now
+        starting = [start.coming for start in self._starting.values()]
+        loading = [member.coming for member in self.members.values() if member.coming is not None]
+        found.warm = int(self.holders.counts.sum())
+        found.loading = sum(int(coming.sum()) for coming in starting) + sum(
+            m.num_loading for m in self.members.values()
+        )
+        found.cold = int((~np.any([self.holders.counts > 0, *starting, *loading], axis=0)).sum())
 
     def _make_plan(self, loads: np.ndarray | None = None, capacity: int | None = None) -> Plan:
         if loads is None:
             loads = self._loads()
         room = self.shape.capacity if capacity is None else capacity
-        return make_plan(loads, [0 if n in self._retries else room for n in range(self._num_workers)], self.plan)
+        rooms = [0 if n in self._retries else room for n in range(self._num_workers)]
+        try:
+            return make_plan(loads, rooms, self.plan)
+        except PlanError:
+            self._telemetry.refusals += 1
+            raise
 
     def _begin(self, worker: int, failures: int = 0) -> None:
         self._generation += 1
         name = f"worker-{worker}-{self._generation}"
-        starting = self._background.submit(self._start, worker, name, self.plan[worker].copy())
-        self._starting[worker] = _Start(starting, failures)
+        coming = self.plan[worker].copy()
+        self._starting[worker] = _Start(self._background.submit(self._start, worker, name, coming), coming, failures)
+        self._telemetry.loads += int(coming.sum())
+        self.meter()
 
     def _start(self, worker: int, name: str, wanted: np.ndarray) -> Member:
         handle = self._host.start(name, self.shape, self._store.port)
@@ -230,6 +254,7 @@ class WorkerCrew:
             try:
                 member = start.member.result()
             except Exception as error:
+                self._telemetry.failures += int(start.coming.sum())
                 self._could_not_start(worker, start.failures + 1, error)
                 continue
             if (slow := self.members.get(worker)) is not None:
@@ -273,6 +298,8 @@ class WorkerCrew:
             if member.loading is not None or np.array_equal(member.held, wanted):
                 continue
             new = wanted & ~member.held
+            self._telemetry.loads += int(new.sum())
+            self._telemetry.evictions += int((member.held & ~wanted).sum())
             # What it shall hold no more gives way first; until the new copies are there, others or the engine serve.
             member.held, member.coming = member.held & wanted, wanted.copy()
             kept = [np.flatnonzero(row).tolist() for row in member.held]
@@ -288,11 +315,13 @@ class WorkerCrew:
 
     def _collect_loaded(self) -> None:
         for worker, member in [(w, m) for w, m in self.members.items() if m.loading and m.loading.done()]:
-            loading, coming, member.loading, member.coming = member.loading, member.coming, None, None
+            loading, coming, copies = member.loading, member.coming, member.num_loading
+            member.loading = member.coming = None
             assert loading is not None and coming is not None
             try:
                 self._telemetry.bytes_moved += loading.result()
             except Exception as error:
+                self._telemetry.failures += copies
                 if self._former is None:
                     self.lost(worker, error)
                 else:
@@ -310,8 +339,8 @@ class WorkerCrew:
 
     def _changed(self) -> None:
         """The members or what they hold have changed."""
-        self.meter()
         held = np.zeros_like(self.plan)
         for worker, member in self.members.items():
             held[worker] = member.held
         self.holders = Holders(held)
+        self.meter()

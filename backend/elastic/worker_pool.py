@@ -21,6 +21,7 @@ from torch import Tensor
 from backend.elastic.exchange import LinkError
 from backend.elastic.expert_plan import NOBODY, PlanError
 from backend.elastic.expert_worker import WorkerShape
+from backend.elastic.functions import STATES
 from backend.elastic.stragglers import Stragglers
 from backend.elastic.worker_crew import WorkerCrew, WorkerHost
 from backend.elastic.worker_layer import OwnStore, WorkerExperts, rows_of
@@ -119,7 +120,8 @@ class WorkerPool:
         """Begin the totals anew: what came before was no request."""
         self.crew.meter()
         for entry in fields(ExpertTelemetry):
-            setattr(self._telemetry, entry.name, entry.default)
+            if entry.name not in STATES:
+                setattr(self._telemetry, entry.name, entry.default)
 
     def count(self, assignments: int) -> None:
         """So many more assignments were routed."""

@@ -261,7 +261,9 @@ class Engine:
         model = self.runner.model
         if model.pool is not None:
             return model.pool.telemetry()
-        return ExpertTelemetry(slot_byte_s=model.resident_bytes() * (time.monotonic() - self._started_s))
+        byte_s = model.resident_bytes() * (time.monotonic() - self._started_s)
+        warm = sum(block.expert_map.num_resident for block in model.moe_blocks)
+        return ExpertTelemetry(warm=warm, slot_byte_s=byte_s, always_on_byte_s=byte_s)
 
     def _book(self, schedule: Schedule, browned: tuple[bool, ...]) -> list[Sequence]:
         """Record what is computed once the device has come so far; all tokens that go into it are known.

@@ -106,9 +106,10 @@ class Ledger:
         """The expert is in the slot from now on."""
         self.slot_of[layer, expert], self.expert_in[layer, slot] = slot, expert
 
-    def vacate(self, layer: int, slot: int) -> None:
-        """Nothing is in the slot any more."""
+    def vacate(self, layer: int, slot: int) -> bool:
+        """Nothing is in the slot any more; returns whether something was."""
         former = self.expert_in[layer, slot]
         if former >= 0:
             self.slot_of[layer, former] = self.expert_in[layer, slot] = MISSING
             self.fresh[layer, former] = False
+        return bool(former >= 0)

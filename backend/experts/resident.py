@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backend.elastic.functions import FunctionTelemetry
 from backend.elastic.predictor import LoadPredictor
 from backend.experts.expert_map import ExpertMap
 from backend.experts.ledger import Ledger
@@ -41,8 +42,8 @@ _ROWS = 128
 
 
 @dataclass
-class ExpertTelemetry:
-    """Totals since the start, over all layers; zeros where all experts are always there."""
+class ExpertTelemetry(FunctionTelemetry):
+    """Totals since the start, over all layers. A resident pool pays for all slots in use; no pool lets idle copies expire."""
 
     #: Share of the experts that can serve now.
     resident_share: float = 1.0
@@ -67,8 +68,6 @@ class ExpertTelemetry:
     plan_changes: int = 0
     #: Bytes of tokens and results sent to workers and received.
     bytes_exchanged: int = 0
-    #: Bytes of the slots in use (workers: of the experts they hold), times the seconds that they were.
-    slot_byte_s: float = 0.0
 
 
 class ResidentPool:
@@ -191,8 +190,12 @@ class ResidentPool:
         """The totals, with the share as of now. Not to be called while a step runs."""
         self._book()
         self._count_memory()
-        present = np.count_nonzero(self.ledger.slot_of >= 0)
-        return replace(self.counters, resident_share=present / self.ledger.slot_of.size)
+        ledger = self.ledger
+        warm, loading = int(np.count_nonzero(ledger.slot_of >= 0)), int(np.count_nonzero(ledger.moving))
+        size = ledger.slot_of.size
+        return replace(
+            self.counters, resident_share=warm / size, warm=warm, loading=loading, cold=size - warm - loading
+        )
 
     def _refill(self, captured: bool) -> None:
         """Fetch what past steps make worth having, within this step's bounds."""
@@ -216,6 +219,7 @@ class ResidentPool:
 
     def _count_memory(self) -> None:
         now = time.monotonic()
-        in_use = self.ledger.slots_in_use * sum(layer.slot_bytes for layer in self.layers)
-        self.counters.slot_byte_s += in_use * (now - self._counted_at_s)
+        byte_s = sum(layer.slot_bytes for layer in self.layers) * (now - self._counted_at_s)
+        self.counters.slot_byte_s += self.ledger.slots_in_use * byte_s
+        self.counters.always_on_byte_s += self.ledger.slot_of.shape[1] * byte_s
         self._counted_at_s = now

@@ -123,7 +123,7 @@ class ResidentExperts:
             return 0
         # The table before the weights: nothing may read a slot that is being filled.
         for expert, slot in pairs:
-            self._ledger.vacate(self._layer, slot)
+            self._vacate(slot)
             self._ledger.expect(self._layer, expert, slot)
         self._write_table()
         num_bytes = len(pairs) * self._weights.slot_bytes
@@ -134,6 +134,7 @@ class ResidentExperts:
 
         move = self._pool.mover.start(copy, num_bytes)
         self._moving |= {expert: (slot, move) for expert, slot in pairs}
+        self._pool.counters.loads += len(pairs)
         self._pool.counters.prefetches += len(pairs)
         self._pool.counters.bytes_moved += num_bytes
         self.commit()
@@ -154,7 +155,7 @@ class ResidentExperts:
         for expert in [expert for expert, (slot, _) in self._moving.items() if slot >= first]:
             self._settle(expert)
         for slot in range(first, self._map.num_resident):
-            self._ledger.vacate(self._layer, slot)
+            self._vacate(slot)
         self._write_table()
         self._weights.release(slice(first, self._map.num_resident))
 
@@ -190,17 +191,22 @@ class ResidentExperts:
             move.wait()
         except Exception:
             log.exception("expert %d could not be fetched", expert)
+            self._pool.counters.failures += 1
             return
         self._ledger.place(self._layer, expert, slot)
         self._ledger.fresh[self._layer, expert] = True
 
     def _replace(self, slot: int, expert: int) -> None:
         """Fetch an expert into a slot at once."""
-        self._ledger.vacate(self._layer, slot)
+        self._vacate(slot)
         self._fetch(expert, slot)
         self._pool.counters.bytes_moved += self._weights.slot_bytes
 
+    def _vacate(self, slot: int) -> None:
+        self._pool.counters.evictions += self._ledger.vacate(self._layer, slot)
+
     def _fetch(self, expert: int, slot: int) -> None:
+        self._pool.counters.loads += 1
         self._weights.put(slot, *self._sources[expert])
         self._ledger.place(self._layer, expert, slot)
 

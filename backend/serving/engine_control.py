@@ -181,7 +181,11 @@ class EngineControl:
         row["resident_share"] = experts.resident_share
         row["expert_misses"], row["expert_stalls"] = experts.misses, experts.stalls
         row["expert_stall_s"], row["expert_bytes_moved"] = experts.stall_s, experts.bytes_moved
+        row["expert_warm"], row["expert_loading"], row["expert_cold"] = experts.warm, experts.loading, experts.cold
+        row["expert_loads"], row["expert_failures"] = experts.loads, experts.failures
+        row["expert_evictions"], row["expert_refusals"] = experts.evictions, experts.refusals
         row["expert_slot_byte_s"] = experts.slot_byte_s
+        row["expert_always_on_byte_s"] = experts.always_on_byte_s
         row["expert_prefetches"], row["expert_prefetch_hits"] = experts.prefetches, experts.prefetch_hits
         row["expert_workers"], row["expert_layers_redone"] = experts.workers, experts.redone
         row["expert_workers_lost"], row["expert_workers_relieved"] = experts.workers_lost, experts.workers_relieved

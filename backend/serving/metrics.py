@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 
+from backend.elastic.functions import STATES
 from backend.serving.protocol import Stats
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,18 @@ _EXPERT_TOTALS = {
     "prefetches": ("moe_expert_prefetches_total", "Experts fetched ahead"),
     "prefetch_hits": ("moe_expert_prefetch_hits_total", "Experts fetched ahead that were then used"),
     "bytes_moved": ("moe_expert_moved_bytes_total", "Bytes of weights copied into slots"),
-    "slot_byte_s": ("moe_expert_slot_byte_seconds_total", "Bytes of the slots for experts in use, times seconds"),
+    "loads": ("moe_expert_loads_total", "Loads of copies of experts that were begun"),
+    "failures": ("moe_expert_load_failures_total", "Loads of copies of experts that failed"),
+    "evictions": (
+        "moe_expert_evictions_total",
+        "Copies that gave way to others, to a smaller share, or with their worker",
+    ),
+    "refusals": ("moe_expert_refusals_total", "Plans for which the workers had no room"),
+    "slot_byte_s": ("moe_expert_slot_byte_seconds_total", "Bytes of memory for copies of experts, times seconds"),
+    "always_on_byte_s": (
+        "moe_expert_always_on_byte_seconds_total",
+        "Bytes that one copy of each expert would take, times seconds",
+    ),
     "workers_lost": ("moe_expert_workers_lost_total", "Expert workers that ended or did not answer"),
     "workers_relieved": (
         "moe_expert_workers_relieved_total",
@@ -166,6 +178,11 @@ class Metrics:
             "resident": family(
                 "moe_resident_expert_ratio", "Experts whose weights are on the device / all", kinds.GAUGE
             ),
+            "functions": family(
+                "moe_expert_functions",
+                "Copies of experts that serve (warm) or are on their way (loading), and experts without either (cold)",
+                kinds.GAUGE,
+            ),
             "workers": family("moe_expert_workers", "Expert workers that take part", kinds.GAUGE),
             **{
                 field: family(name, description, kinds.COUNTER) for field, (name, description) in _EXPERT_TOTALS.items()
@@ -228,6 +245,8 @@ class Metrics:
             self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
             self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
             self._metric("resident").set(sum(s.experts["resident_share"] for s in stats) / len(stats))
+            for state in STATES:
+                self._metric("functions", state=state).set(sum(s.experts[state] for s in stats))
             self._metric("workers").set(sum(s.experts["workers"] for s in stats))
             for field in _EXPERT_TOTALS:
                 self._raise_to(field, sum(s.experts[field] for s in stats))

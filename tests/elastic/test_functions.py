@@ -40,8 +40,9 @@ def test_a_full_device_gives_up_replicas_first_then_the_longest_unused_but_nothi
     # Everything else is loading, planned or in use: no room for now.
     assert functions.prepare([(3, 0), (1, 0)], 5.0, in_use=[(0, 0)]) == []
     telemetry = functions.telemetry(5.0)
-    assert telemetry["refusals_total"] == 1 and telemetry["evictions_total"] == 2 and telemetry["loads_total"] == 6
-    assert telemetry["warm_copies"] == 3 and telemetry["loading_copies"] == 1 and telemetry["cold_experts"] == 1
+    assert (telemetry.loads, telemetry.evictions, telemetry.refusals, telemetry.expiries) == (6, 2, 1, 0)
+    assert (telemetry.warm, telemetry.loading, telemetry.cold) == (3, 1, 1)
+    assert telemetry.slot_byte_s == functions.cost_gb_s(5.0) * 1e9 and telemetry.always_on_byte_s == 4 * 5 * BYTES
 
 
 def test_a_failed_load_leaves_the_copy_cold():
@@ -50,6 +51,7 @@ def test_a_failed_load_leaves_the_copy_cold():
     functions.cancel((0, 0), 2.0)
     assert functions.state((0, 0)) == COLD and functions.in_memory() == [0]
     assert functions.cost_gb_s(9.0) == pytest.approx(4.0)
+    assert functions.telemetry(9.0).failures == 1
 
 
 @pytest.mark.parametrize(
@@ -78,30 +80,35 @@ ACTIONS = st.tuples(st.integers(0, 3), st.sets(COPIES, max_size=4), st.sets(COPI
 
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3), st.lists(ACTIONS, max_size=12), st.integers(0, 4))
 def test_memory_and_the_meter_hold_for_any_sequence_of_plans(capacity, actions, keep_alive):
-    functions = ExpertFunctions(4, capacity, BYTES, keep_alive)
-    now, spent = 0.0, 0.0
+    # The same twice; of one every second is looked at, so that its memory × time can be added up.
+    functions, watched = (ExpertFunctions(4, capacity, BYTES, keep_alive) for _ in range(2))
+    now, spent = 0, 0
     for pause, plan, arrived, use in actions:
-        plan = sorted(plan)[: min(capacity)] if capacity else []
-        before = functions.cost_gb_s(now)
-        held = len(functions.copies())
-        now += pause
-        functions.expire(now)
-        # Between two moments a copy costs at most as if it had stayed, and at least as if it had expired at once.
-        gained = functions.cost_gb_s(now) - before
-        assert len(functions.copies()) * pause * 2 - 1e-9 <= gained <= held * pause * 2 + 1e-9
-        spent += gained
-        in_use = [copy for copy in functions.copies() if functions.state(copy) == WARM][:1]
-        started = functions.prepare(plan, now, in_use)
-        assert all(functions.state(copy) == LOADING for copy in started)
-        assert all(functions.state(copy) == WARM for copy in in_use)
-        functions.commit([copy for copy in arrived if functions.state(copy) == LOADING], now)
-        warm = {copy for copy in functions.copies() if functions.state(copy) == WARM}
-        if use:
-            functions.use(warm, now)
-        assert {(e, d) for e in range(4) for d in functions.warm_devices(e)} == warm
-        for device, room in enumerate(capacity):
-            assert functions.in_memory()[device] == sum(d == device for _, d in functions.copies()) <= room
-    assert functions.cost_gb_s(now) == pytest.approx(spent)
+        plan = sorted(plan)[: min(capacity)]
+        for _ in range(pause):
+            watched.expire(now)
+            spent += 2 * len(watched.copies())
+            now += 1
+        for held in (functions, watched):
+            held.expire(now)
+            in_use = [copy for copy in held.copies() if held.state(copy) == WARM][:1]
+            started = held.prepare(plan, now, in_use)
+            assert all(held.state(copy) == LOADING for copy in started)
+            assert all(held.state(copy) == WARM for copy in in_use)
+            held.commit([copy for copy in arrived if held.state(copy) == LOADING], now)
+            for copy in [copy for copy in started if held.state(copy) == LOADING][1:]:
+                held.cancel(copy, now)
+            warm = {copy for copy in held.copies() if held.state(copy) == WARM}
+            if use:
+                held.use(warm, now)
+            assert {(e, d) for e in range(4) for d in held.warm_devices(e)} == warm
+            for device, room in enumerate(capacity):
+                assert held.in_memory()[device] == sum(d == device for _, d in held.copies()) <= room
+        found = functions.telemetry(now)
+        assert found == watched.telemetry(now) and found.slot_byte_s == pytest.approx(spent * 1e9)
+        assert found.warm + found.loading == len(functions.copies())
+        # What has been loaded is there or has left.
+        assert found.loads == found.warm + found.loading + found.failures + found.evictions + found.expiries
 
 
 def test_the_only_warm_copy_serves_until_its_successor_is_there():

@@ -91,10 +91,10 @@ def test_the_busiest_device_is_near_the_exact_optimum(layer):
     assert max(plan.device_costs) <= 4 / 3 * exact(replicas, costs, capacity, warm)[0] * 1.05 + 1e-9
 
 
-def test_plans_of_random_layers_are_within_a_few_percent_of_exact():
+def test_plans_of_random_layers_are_nearly_always_exact():
     rng = random.Random(1)
     excess, more_moves = [], []
-    for _ in range(30):
+    for _ in range(100):
         loads = [rng.randint(1, 60) for _ in range(5)]
         replicas = scale(loads, budget=9, max_replicas=3, bound=straggler_bound(loads, 3, 0.5))
         costs = [load / count for load, count in zip(loads, replicas, strict=True)]
@@ -102,9 +102,10 @@ def test_plans_of_random_layers_are_within_a_few_percent_of_exact():
         plan = place(replicas, costs, [3] * 3, warm)
         busiest, moves = exact(replicas, costs, [3] * 3, warm)
         excess.append(max(plan.device_costs) / busiest - 1)
-        more_moves.append(plan.moves - moves)
-    assert sum(excess) / len(excess) < 0.03 and max(excess) < 0.15
-    assert sum(more_moves) / len(more_moves) < 1.0
+        if excess[-1] < 1e-9:
+            more_moves.append(plan.moves - moves)
+    assert len(more_moves) >= 95 and max(excess) < 0.05, "the busiest device is as light as can be"
+    assert more_moves.count(0) >= 0.9 * len(more_moves) and max(more_moves) <= 1, "and no such plan moves less"
 
 
 def test_copies_that_do_not_fit_are_refused():

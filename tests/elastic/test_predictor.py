@@ -1,6 +1,9 @@
 """Recording what the engine routes, predicting it, fine-tuning, and the files."""
 
+import ast
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,9 +11,11 @@ from pytest import approx, fixture, raises
 from rich.progress import Progress
 
 from backend.config import DEMO_CHECKPOINT
+from backend.demo.template import END_OF_TEXT
+from backend.demo.tokenizer import save_tokenizer, train_tokenizer
 from backend.elastic.predictor import FILE_NAME, Ewma, HiddenLayer, LastWindow, LoadPredictor, load_error, recall
 from backend.elastic.recording import Recording, fingerprint_of, record, record_traffic
-from backend.elastic.traffic import demo_questions, mixed
+from backend.elastic.traffic import Traffic, demo_questions, mixed
 from backend.elastic.train_predictor import measure, run, split_sequences, steps_of, train
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
@@ -129,30 +134,55 @@ def test_where_no_matrix_is_enough_hidden_units_are_added():
     assert set(predictor.hidden) == {(1, 1)} and found > without + 0.15
 
 
-def test_the_demo_checkpoints_predictor_finds_more_than_its_routers_and_beats_past_loads():
-    # Questions, the hardest domain, of a seed that it was not trained on; past loads are of chat before the questions come.
+def library_passages(number: int) -> Traffic:
+    """Sources and docstrings of the standard library."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"), key=lambda path: -path.stat().st_size)
+    sources = [path.read_text("utf-8") for path in paths[:number]]
+    nodes = (node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    docs = "\n\n".join(text for node in nodes if (text := ast.get_docstring(node)))
+    code = [source[len(source) // 2 :][:900] for source in sources]
+    prompts = code + [docs[len(docs) * part // number :][:900] for part in range(number)]
+    return Traffic(prompts, ["code"] * number + ["docs"] * number)
+
+
+def test_the_demo_checkpoints_predictor_finds_four_fifths_of_the_experts_and_beats_past_loads():
+    # Text of three of its domains, and questions, the hardest, of a seed that it was not trained on.
+    questions, passages = demo_questions(1, seed=99), library_passages(8)
+    domains = [family if family == "chat" else "questions" for family in questions.domains]
+    traffic = Traffic(questions.prompts + passages.prompts, domains + passages.domains)
     with Progress(disable=True) as progress:
-        recording = record_traffic(str(DEMO_CHECKPOINT), demo_questions(1, seed=99), 32, 1, progress)
+        recording = record_traffic(str(DEMO_CHECKPOINT), traffic, 32, 1, progress)
     predictor = LoadPredictor.read(DEMO_CHECKPOINT / FILE_NAME, recording.fingerprint)
-    chat = recording.domain_names.index("chat")
-    before = [s for s, domain in enumerate(recording.domains.tolist()) if domain == chat]
-    after = [s for s, domain in enumerate(recording.domains.tolist()) if domain != chat]
-    rows = measure(recording, predictor, after, before)
-    assert len(rows) == recording.num_layers - 1
+    of = {name: torch.nonzero(recording.domains == i).flatten() for i, name in enumerate(recording.domain_names)}
+    recalls = [
+        row["recall"] for name in ("chat", "code", "docs") for row in measure(recording, predictor, of[name].tolist())
+    ]
+    assert len(recalls) == 3 * (recording.num_layers - 1) and np.mean(recalls) >= 0.8
+    # Past loads are of chat before the questions come.
+    rows = measure(recording, predictor, of["questions"].tolist(), of["chat"].tolist())
     for row in rows:
         assert row["recall"] > row["recall_router"] + 0.1
         assert row["load_error"]["predictor"] < 0.8 * row["load_error"]["ewma"]
 
 
 def test_mixed_traffic_has_passages_of_every_text_and_questions(tmp_path):
-    for name in ("code", "prose"):
-        np.save(tmp_path / f"{name}.held_out.npy", np.arange(100, dtype=np.uint16))
+    # The folder's tokenizer is another one than any checkpoint's: what counts is the text.
+    tokenizer = train_tokenizer(["one two three"], vocab_size=300)
+    save_tokenizer(tokenizer, tmp_path)
+    texts = {name: "".join(f"{name} {i:02}; " for i in range(100)) for name in ("code", "prose")}
+    for name, text in texts.items():
+        ids = tokenizer.encode(text + END_OF_TEXT).ids[-100:]
+        np.save(tmp_path / f"{name}.held_out.npy", np.array(ids, dtype=np.uint16))
     traffic = mixed(tmp_path, passages=3, length=30, repeats=1, seed=0)
     assert set(traffic.domains) == {"chat", "code", "prose", "questions"}
-    code = sorted(p for p, domain in zip(traffic.prompts, traffic.domains, strict=True) if domain == "code")
-    assert code == [list(range(start, start + 30)) for start in (0, 35, 70)]
+    code = [p for p, domain in zip(traffic.prompts, traffic.domains, strict=True) if domain == "code"]
+    assert len(set(code)) == 3 and all(passage in texts["code"] + END_OF_TEXT for passage in code)
+    assert sum(passage.endswith(END_OF_TEXT) for passage in code) == 1
     with raises(ConfigError, match="4 passages of 30 need more"):
         mixed(tmp_path, passages=4, length=30, repeats=1, seed=0)
+    (tmp_path / "tokenizer.json").unlink()
+    with raises(ConfigError, match="there is no tokenizer"):
+        mixed(tmp_path, passages=3, length=30, repeats=1, seed=0)
     with raises(ConfigError, match="has no texts"):
         mixed(tmp_path / "absent", passages=1, length=1, repeats=1, seed=0)
 

@@ -22,8 +22,12 @@ def test_the_file_has_every_policy_with_its_figures(tmp_path, capsys):
         for key in ("layer_ms_p50", "layer_ms_p99", "e2e_ms_p50", "cost_gb_s"):
             assert row[key] > 0
         assert row["quality_loss_percent"] >= 0
+    assert {name for name, row in result["policies"].items() if "functions" in row} == {"moeless", "moeless_brownout"}
+    functions = result["policies"]["moeless"]["functions"]
+    assert functions["loads"] == sum(functions[key] for key in ("warm", "loading", "evictions", "expiries"))
     assert result["cost_model"]["assumed"] is True
     text = capsys.readouterr().out
+    assert "Expert functions" in text
     assert "assumed constants" in text and str(first) in text.replace("\n", "")
 
 
@@ -38,12 +42,12 @@ def test_the_sensitivity_varies_every_constant(tmp_path):
     assert all(set(row["policies"]) == {"static", "moeless"} for row in rows)
 
 
-def test_windows_are_compared_with_both_baselines(tmp_path, capsys):
+def test_windows_are_compared_with_both_baselines_and_ablations_with_the_whole(tmp_path, capsys):
     path = tmp_path / "w.json"
-    options = "--windows 3 --no-ablations --policies static".split()
+    options = "--windows 3 --policies static".split()
     assert main([*SMALL.split(), *options, "--json", str(path)]) == 0
     windows = json.loads(path.read_text())["windows"]
-    assert set(windows) == {"static", "eplb"} and set(windows["static"]) == set(WINDOWED)
+    assert set(windows["static"]) == set(windows["eplb"]) == set(WINDOWED) and set(windows["moeless"]) == set(ABLATIONS)
     assert windows["eplb"]["eplb"]["layer_ms_p99"] == [0.0, 0.0, 0.0]
     least, median, most = windows["static"]["moeless"]["layer_ms_p99"]
     assert least <= median <= most and "over 3 windows" in capsys.readouterr().out

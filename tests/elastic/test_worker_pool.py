@@ -52,6 +52,10 @@ class Cluster:
             found = of_layer.forward(hidden, self.maps[layer].expert_slots[experts], gates)
             expected = reference.grouped_experts_forward(hidden, self.w13[layer], self.w2[layer], experts, gates)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        total = self.pool.telemetry()
+        assert total.loads == total.warm + total.loading + total.failures + total.evictions, (
+            "loaded: there, or has left"
+        )
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Steps until the condition holds."""
@@ -88,12 +92,15 @@ def test_workers_make_what_one_place_makes_and_their_memory_is_metered(cluster: 
     assert found.workers_lost == found.redone == found.bytes_moved == 0
     assert found.bytes_exchanged > 0 and found.resident_share == 1.0 and found.workers == 2
     assert found.assignments == 50 * TOP_K * LAYERS
-    before, byte_s = time.monotonic(), found.slot_byte_s
-    time.sleep(0.05)
-    spent = (cluster.pool.telemetry().slot_byte_s - byte_s) / (LAYERS * EXPERTS * EXPERT_BYTES)
-    assert 0.05 <= spent <= time.monotonic() - before + 0.5
+    assert (found.warm, found.loading, found.cold, found.loads) == (LAYERS * EXPERTS, 0, 0, LAYERS * EXPERTS)
     cluster.pool.forget_counts()
-    assert cluster.pool.telemetry().assignments == 0
+    before = time.monotonic()
+    time.sleep(0.05)
+    found = cluster.pool.telemetry()
+    spent = found.slot_byte_s / (LAYERS * EXPERTS * EXPERT_BYTES)
+    assert 0.05 <= spent <= time.monotonic() - before + 0.5
+    assert found.always_on_byte_s == found.slot_byte_s, "one copy of each expert"
+    assert (found.assignments, found.loads, found.warm) == (0, 0, LAYERS * EXPERTS)
 
 
 def test_layer_of_a_worker_that_dies_in_it_is_done_again_and_a_new_worker_joins(cluster: Cluster) -> None:
@@ -114,7 +121,8 @@ def test_all_workers_may_die_at_once(cluster: Cluster) -> None:
     for handle in cluster.host.handles.values():
         handle.die_in_the_next_layer()
     cluster.step()
-    assert cluster.pool.telemetry().workers_lost == 2
+    found = cluster.pool.telemetry()
+    assert found.workers_lost == 2 and (found.warm, found.evictions) == (0, LAYERS * EXPERTS)
     cluster.until(cluster.is_whole)
 
 
@@ -188,6 +196,7 @@ def test_plan_that_does_not_fit_is_named_and_the_old_one_stays(cluster: Cluster)
     before = cluster.pool.crew.plan
     with pytest.raises(PlanError, match="2 workers with room for 3 experts of each layer cannot hold 8"):
         cluster.pool.crew.replan(capacity=3)
+    assert cluster.pool.telemetry().refusals == 1
     assert cluster.pool.crew.plan is before
     cluster.step()
 
@@ -205,7 +214,7 @@ def test_plan_for_which_a_worker_lacks_memory_is_taken_back(cluster: Cluster, ca
     assert "could not be loaded into worker 1, the old one stays: this worker is full" in caplog.text
     cluster.until(lambda: all(np.array_equal(m.held, before[w]) for w, m in cluster.pool.crew.members.items()))
     found = cluster.pool.telemetry()
-    assert found.plan_changes == found.workers_lost == 0
+    assert found.plan_changes == found.workers_lost == 0 and found.failures > 0
 
 
 def test_worker_refuses_what_it_has_no_room_for_and_rows_for_what_it_has_not() -> None:

@@ -105,8 +105,9 @@ def test_never_requests_are_exact_beside_others_that_united_experts_serve(local)
     assert found.misses > 0 and found.stalls > 0
     engine.runner.model.pool.forget_counts()
     left = engine.expert_telemetry()
-    assert replace(left, slot_byte_s=0) == ExpertTelemetry(resident_share=found.resident_share)
-    assert left.slot_byte_s < found.slot_byte_s
+    states = {name: getattr(found, name) for name in ("resident_share", "warm", "loading", "cold")}
+    assert replace(left, slot_byte_s=0, always_on_byte_s=0) == ExpertTelemetry(**states)
+    assert 2 * left.slot_byte_s == pytest.approx(left.always_on_byte_s) and left.slot_byte_s < found.slot_byte_s
     # The same prompts again: what the cache holds from the others is not pristine.
     again = run(engine, [make_request((i, "never"), p, 16, brownout="never") for i, p in enumerate(PROMPTS)])
     assert {i: ids(events) for (i, _), events in again.items()} == local

@@ -81,6 +81,11 @@ class Layer:
                 assert torch.equal(self.weights.w13[slot], self.w13[expert])
                 assert torch.equal(self.weights.w2[slot], self.w2[expert])
         assert torch.equal(self.weights.w13[self.map.num_resident :], self.w13[EXPERTS:])
+        found = self.telemetry
+        assert found.warm == len(mapped) and found.cold == EXPERTS - found.warm - found.loading
+        assert found.loads == found.warm + found.loading + found.failures + found.evictions, (
+            "loaded: there, or has left"
+        )
 
     def step(self, experts: Tensor, token_class: Tensor) -> Tensor:
         """Run one step and compare it with the experts that should have served; returns [T, K] which were missing."""
@@ -213,7 +218,7 @@ def test_failed_fetch_leaves_the_expert_missing_until_the_next_one() -> None:
     move._done, move.wait = True, lambda: (_ for _ in ()).throw(OSError("gone"))
     layer.pool.commit()
     layer.check()
-    assert layer.map.expert_slots[8] == MISSING
+    assert layer.map.expert_slots[8] == MISSING and layer.telemetry.failures == 1
     layer.pool.prefetch(np.eye(EXPERTS)[8], 1)
     layer.mover.moves[1].wait()
     layer.pool.commit()

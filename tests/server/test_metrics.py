@@ -43,6 +43,12 @@ DOCUMENTED = {
     "moe_expert_plan_changes_total": ("counter", set()),
     "moe_expert_exchanged_bytes_total": ("counter", set()),
     "moe_expert_slot_byte_seconds_total": ("counter", set()),
+    "moe_expert_always_on_byte_seconds_total": ("counter", set()),
+    "moe_expert_functions": ("gauge", {"state"}),
+    "moe_expert_loads_total": ("counter", set()),
+    "moe_expert_load_failures_total": ("counter", set()),
+    "moe_expert_evictions_total": ("counter", set()),
+    "moe_expert_refusals_total": ("counter", set()),
 }
 ENGINE_WIDE = (
     "moe_preemptions_total",
@@ -66,6 +72,12 @@ ENGINE_WIDE = (
     "moe_expert_plan_changes_total",
     "moe_expert_exchanged_bytes_total",
     "moe_expert_slot_byte_seconds_total",
+    "moe_expert_always_on_byte_seconds_total",
+    "moe_expert_functions",
+    "moe_expert_loads_total",
+    "moe_expert_load_failures_total",
+    "moe_expert_evictions_total",
+    "moe_expert_refusals_total",
 )
 
 

@@ -98,13 +98,18 @@ def test_expert_pool_is_reported():
     metrics = Metrics(pb_utils, "moe_llm", "1", engine_wide=True)
     for misses in (3, 10):
         experts = ExpertTelemetry(
-            0.5, misses, 2, 0.25, prefetches=6, prefetch_hits=4, bytes_moved=5000, slot_byte_s=1e9
-        )
+            resident_share=0.5, misses=misses, stalls=2, stall_s=0.25, prefetches=6, prefetch_hits=4, bytes_moved=5000,
+            slot_byte_s=1e9, warm=30, loading=2, cold=28, loads=40, failures=1, evictions=7, always_on_byte_s=2e9,
+        )  # fmt: skip
         metrics.flush([make_stats(experts=asdict(experts)), make_stats()])
     names = ("resident_expert_ratio", "expert_misses_total", "expert_stalls_total", "expert_prefetch_hits_total")
     assert [pb_utils.metrics[f"moe_{name}",].value for name in names] == [0.75, 10, 2, 4]
     names = ("moved_bytes_total", "stall_seconds_total", "prefetches_total", "slot_byte_seconds_total")
     assert [pb_utils.metrics[f"moe_expert_{name}",].value for name in names] == [5000, 0.25, 6, 1e9]
+    names = ("loads_total", "load_failures_total", "evictions_total", "refusals_total", "always_on_byte_seconds_total")
+    assert [pb_utils.metrics[f"moe_expert_{name}",].value for name in names] == [40, 1, 7, 0, 2e9]
+    states = ("warm", "loading", "cold")
+    assert [pb_utils.metrics["moe_expert_functions", state].value for state in states] == [30, 2, 28]
 
 
 def test_only_one_model_reports_what_the_engine_shares():

@@ -20,8 +20,9 @@ class PromptLengths:
         """A text, not empty, turned out to have so many tokens."""
         ratio = num_tokens / len(text)
         weight = max(_WEIGHT, 1 / (self._seen + 1))
+        if self._seen:
+            self._deviation += weight * (abs(ratio - self._mean) - self._deviation)
         self._seen += 1
-        self._deviation += weight * (abs(ratio - self._mean) - self._deviation)
         self._mean += weight * (ratio - self._mean)
 
     def guess(self, text: str) -> tuple[int, int]:

@@ -214,6 +214,12 @@ class Block:
         """A copy of what an engine says of its queue (QUEUE). Raises BlockError."""
         return self._read(f"queue of engine {engine}", _queue_at(engine), QUEUE)
 
+    def queue_sequence(self, engine: int) -> tuple[int, bytes]:
+        """Changes whenever what an engine says of its queue does; cheap. (Openings of the file, number.)"""
+        self._check()
+        at = _queue_at(engine)
+        return self._openings, self._map[at : at + 8]
+
     def write_queue(self, engine: int, record: np.ndarray) -> None:
         """`record`: shape [1] of QUEUE."""
         self._write(_queue_at(engine), record)

@@ -74,6 +74,12 @@ class Gate:
 
         Raises TooLate, or UnavailableError when the queue is full.
         """
+        judged = self.judge(state, tokens, params, arrival_s, now_s)
+        self._sent.append(_Sent(arrival_s, tokens, params.priority, params.brownout != "never"))
+        return judged
+
+    def judge(self, state: QueueState, tokens: int, params: SamplingParams, arrival_s: float, now_s: float) -> bool:
+        """What `admit` would say; the request is not counted."""
         sent = self._sent
         while sent and sent[0].arrival_s <= state.seen_s:
             sent.popleft()
@@ -93,7 +99,6 @@ class Gate:
             expected_s = now_s - arrival_s + to_step_s + pace.first_token_s(all_tokens, state.waiting + len(sent))
             if expected_s > state.allowed_s:
                 raise TooLate(too_late(expected_s, self._limit_s))
-        sent.append(_Sent(arrival_s, tokens, params.priority, auto))
         return judged
 
     def _is_last(self, state: QueueState, priority: int, auto: bool) -> bool:

@@ -64,17 +64,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             InvalidRequestError: naming the first key of a wrong type or out of range, and what is allowed.
         """
 
-        def check(ok: bool, key: str, allowed: str) -> None:
-            if not ok:
-                raise InvalidRequestError(f"{key} must be {allowed}, got {reprlib.repr(getattr(self, key))}")
-
         try:
             if isinstance(self.brownout, str):  # the conversion would not say what is allowed
-                check(self.brownout in ("auto", "never"), "brownout", '"auto" or "never"')
+                self._check_brownout()
             checked = msgspec.convert(msgspec.structs.asdict(self), SamplingParams)
         except msgspec.ValidationError as error:
             reason, _, path = str(error).partition(" - at ")
             raise InvalidRequestError(f"{path.strip('`$.')}: {reason}") from None
+        checked.check_ranges()
+        return checked
+
+    def check_ranges(self) -> None:
+        """`validate` for parameters that have their exact types.
+
+        Raises:
+            InvalidRequestError: naming the first key out of range, and what is allowed.
+        """
+        check = self._check
+        self._check_brownout()
         for key in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             check(math.isfinite(getattr(self, key)), key, "a finite number")
         check(1 <= self.max_tokens <= MAX_COUNT, "max_tokens", f"between 1 and {MAX_COUNT}")
@@ -94,10 +101,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
         check(1 <= self.n <= MAX_N, "n", f"between 1 and {MAX_N}")
         check(abs(self.priority) <= MAX_PRIORITY, "priority", f"between {-MAX_PRIORITY} and {MAX_PRIORITY}")
-        check(self.brownout in ("auto", "never"), "brownout", '"auto" or "never"')
         check(
             self.timeout_s is None or (math.isfinite(self.timeout_s) and self.timeout_s > 0),
             "timeout_s",
             "greater than 0 seconds",
         )
-        return checked
+
+    def _check_brownout(self) -> None:
+        self._check(self.brownout in ("auto", "never"), "brownout", '"auto" or "never"')
+
+    def _check(self, ok: bool, key: str, allowed: str) -> None:
+        if not ok:
+            raise InvalidRequestError(f"{key} must be {allowed}, got {reprlib.repr(getattr(self, key))}")

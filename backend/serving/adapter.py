@@ -7,6 +7,7 @@ Triton. `execute` never waits for a token.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ from backend.serving.metrics import Metrics
 from backend.serving.model_parameters import ENGINE_MODEL, engine_parameters
 from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
+from backend.serving.prompt_length import PromptLengths
 from backend.serving.protocol import Outputs, replace_file, runtime_dir
 from backend.serving.tokenizer import load_tokenizer
 
@@ -96,10 +98,14 @@ class MoeLlmModel:
         rate = config.max_responses_per_s or RESPONSES_PER_S_AND_CORE * (os.cpu_count() or 1)
         self._outbox: Outbox[LiveRequest] = Outbox(self._deliver, rate)
         self._metrics = Metrics(self._pb_utils, self._name, version, engine_wide=self._name == ENGINE_MODEL)
+        self._lengths = PromptLengths()
         self._canceller = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)
         self._outbox.start()
         self._metrics.start(self._client.stats)
         self._canceller.start()
+        # Going through all that is loaded would hold up every request for 100 ms of processor time.
+        gc.collect()
+        gc.freeze()
         mark = {"pid": os.getpid(), "model": self._name}
         replace_file(self._mark_path(), msgspec.json.encode(mark))
 
@@ -130,9 +136,14 @@ class MoeLlmModel:
     def _accept(self, request, sender: _Sender) -> None:
         arrival = time.monotonic()
         parsed = parse_request(request, self._decoupled)
+        params = parsed.engine_params
         if parsed.input_ids is None:
             prompt_text = parsed.text
+            # Tokenizing costs more than the rest of a refusal; a prompt that may be too long is told so first.
+            if self._tokenizer.most_tokens(prompt_text) < self._max_model_len:
+                self._client.check(*self._lengths.guess(prompt_text), params, arrival)
             prompt_ids = self._tokenizer.encode(prompt_text)
+            self._lengths.observe(prompt_text, len(prompt_ids))
         else:
             prompt_ids = parsed.input_ids
             prompt_text = ""
@@ -144,7 +155,7 @@ class MoeLlmModel:
         with self._live_lock:
             self._live[request_id] = (live, sender)
         try:
-            self._client.submit(request_id, prompt_ids, parsed.engine_params, arrival)
+            self._client.submit(request_id, prompt_ids, params, arrival)
         except UnavailableError:
             with self._live_lock:
                 del self._live[request_id]

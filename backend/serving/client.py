@@ -43,6 +43,8 @@ _REPORT_PERIOD_S = 0.1
 
 OnOutputs = Callable[[Outputs], None]
 OnLost = Callable[[list[int], str], None]
+#: Gate.admit or Gate.judge.
+_Decide = Callable[[Gate, QueueState, int, SamplingParams, float, float], bool]
 
 
 @dataclass
@@ -54,6 +56,9 @@ class _Link:
     outbox: zmq.Socket
     watch: ProcessWatch
     gate: Gate
+    #: The engine's queue as it was read last, and the number of that writing.
+    queue: QueueState | None = None
+    queue_sequence: tuple[int, bytes] | None = None
     info: EngineInfo | None = None
     stats: Stats | None = None
     active: set[int] = field(default_factory=set)
@@ -130,35 +135,50 @@ class EngineClient:
         Raises UnavailableError when none is there, or when it is certain that none could serve it in time.
         """
         with self._lock:
-            links = [(index, link) for index, link in self._links.items() if link.info is not None]
-            if not links:
-                raise UnavailableError(f"{self._reason}; retry in about 2 s")
-            links.sort(key=lambda entry: len(entry[1].active))
-            refusal: UnavailableError | None = None
-            for index, link in links:
-                try:
-                    judged = self._admit(index, link, len(prompt_ids), params, arrival)
-                except UnavailableError as error:
-                    refusal = refusal or error
-                    continue
-                link.active.add(request_id)
-                self._link_of[request_id] = link
-                link.outbox.send(encode(Submit(self._name, request_id, prompt_ids, params, arrival, judged)))
-                return
-            if isinstance(refusal, TooLate):
-                links[0][1].refused.append(len(prompt_ids))
-            raise refusal
+            link, judged = self._choose(Gate.admit, len(prompt_ids), len(prompt_ids), params, arrival)
+            link.active.add(request_id)
+            self._link_of[request_id] = link
+            link.outbox.send(encode(Submit(self._name, request_id, prompt_ids, params, arrival, judged)))
 
-    def _admit(self, index: int, link: _Link, num_tokens: int, params: SamplingParams, arrival: float) -> bool:
-        """See Gate.admit. An engine that has not said how its queue stands decides itself."""
+    def check(self, least_tokens: int, likely_tokens: int, params: SamplingParams, arrival: float) -> None:
+        """Raise what `submit` would raise for a prompt of at least so many tokens, before its tokens are known.
+
+        As `likely_tokens` it is counted if it is refused.
+        """
+        with self._lock:
+            self._choose(Gate.judge, least_tokens, likely_tokens, params, arrival)
+
+    def _choose(
+        self, decide: _Decide, num_tokens: int, counted_tokens: int, params: SamplingParams, arrival: float
+    ) -> tuple[_Link, bool]:
+        """The least loaded engine whose gate does not refuse, and what its gate says (Gate.admit)."""
+        links = [(index, link) for index, link in self._links.items() if link.info is not None]
+        if not links:
+            raise UnavailableError(f"{self._reason}; retry in about 2 s")
+        links.sort(key=lambda entry: len(entry[1].active))
+        refusal: UnavailableError | None = None
+        for index, link in links:
+            # An engine that has not said how its queue stands decides itself.
+            state = self._queue(index, link)
+            try:
+                now = time.monotonic()
+                return link, state is not None and decide(link.gate, state, num_tokens, params, arrival, now)
+            except UnavailableError as error:
+                refusal = refusal or error
+        if isinstance(refusal, TooLate):
+            links[0][1].refused.append(counted_tokens)
+        raise refusal
+
+    def _queue(self, index: int, link: _Link) -> QueueState | None:
+        """What this generation of an engine says of its queue, if it has said something."""
         try:
-            *state, pace = self._block.read_queue(index).item()
+            sequence = self._block.queue_sequence(index)
+            if sequence != link.queue_sequence:
+                *state, pace = self._block.read_queue(index).item()
+                link.queue, link.queue_sequence = QueueState(*state, Pace(*pace)), sequence
         except (BlockError, OSError):
-            return False
-        state = QueueState(*state, Pace(*pace))
-        if state.generation != link.generation:
-            return False
-        return link.gate.admit(state, num_tokens, params, arrival, time.monotonic())
+            return None
+        return link.queue if link.queue.generation == link.generation else None
 
     def abort(self, request_id: int, index: int | None = None) -> None:
         """End a request, or one of its sequences, in the engine."""

@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -51,8 +50,7 @@ class InferenceRequest(Protocol):
     def timeout(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class ParsedRequest:
+class ParsedRequest(msgspec.Struct, frozen=True):
     """A checked request: exactly one of `text` and `input_ids` is set. Whether it fits the context is checked later."""
 
     text: str | None
@@ -84,9 +82,10 @@ def parse_request(request: InferenceRequest, decoupled: bool) -> ParsedRequest:
     """
     tensors: dict[str, np.ndarray] = {}
     for tensor in request.inputs():
-        if tensor.name() not in INPUTS:
-            raise InvalidRequestError(_unknown("input", tensor.name(), INPUTS))
-        tensors[tensor.name()] = tensor.as_numpy()
+        name = tensor.name()
+        if name not in INPUTS:
+            raise InvalidRequestError(_unknown("input", name, INPUTS))
+        tensors[name] = tensor.as_numpy()
     if ("text_input" in tensors) == ("input_ids" in tensors):
         given = "both" if "text_input" in tensors else "neither"
         raise InvalidRequestError(f"give exactly one of text_input and input_ids, got {given}")
@@ -131,7 +130,9 @@ def parse_sampling(values: dict[str, object]) -> SamplingParams:
         if value is None and key in _NULLABLE:
             continue
         known[key] = _CONVERTERS[key](key, value)
-    return SamplingParams(**known).validate()
+    params = SamplingParams(**known)
+    params.check_ranges()
+    return params
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
@@ -160,7 +161,7 @@ def _one(name: str, tensor: np.ndarray, kind: str) -> object:
 
 
 def _bool_input(name: str, tensor: np.ndarray) -> bool:
-    if tensor.dtype != np.bool_:
+    if tensor.dtype.kind != "b":  # many times as fast as a comparison with np.bool_
         raise InvalidRequestError(f"{name} must be of type BOOL, got {tensor.dtype}")
     return bool(_one(name, tensor, "BOOL"))
 
@@ -201,27 +202,31 @@ def _token_ids(tensor: np.ndarray) -> list[int]:
 
 def _object(source: str, text: str) -> dict[str, object]:
     """A JSON object; duplicate keys, NaN and infinities are refused, which Python's parser would let pass."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise InvalidRequestError(f"{source}: the key {_show(twice)} appears twice")
-        return result
-
-    def constant(name: str) -> NoReturn:
-        raise InvalidRequestError(f"{source}: {name} is not allowed, numbers must be finite")
-
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-    except InvalidRequestError:
-        raise
+        value = _DECODER.decode(text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{source}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{source} must be a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequestError(f"{source} must be a JSON object, got {_show(value)}")
     return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidRequestError(f"the key {_show(twice)} appears twice")
+    return result
+
+
+def _constant(name: str) -> NoReturn:
+    raise InvalidRequestError(f"{name} is not allowed, numbers must be finite")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
 
 
 def _refuse(key: str, allowed: str, value: object) -> NoReturn:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DUMMY_PREFIX = "dummy:"
 #: Files of which a checkpoint folder needs one to have a fast tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+#: Normal forms make at most so many characters of one (U+FDFA in NFKC).
+_NORMALIZED_GROWTH = 18
 EOS_TOKEN = "<|endoftext|>"
 _SPECIAL_TOKENS = (EOS_TOKEN, "<|im_start|>", "<|im_end|>", "<|pad|>")
 _SYLLABLES = ["".join(pair) for pair in itertools.product("bdfghjklmnprstvz", "aeiou")]
@@ -39,6 +41,8 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         #: One more than the highest token id.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._growth = 1 if backend.normalizer is None else _NORMALIZED_GROWTH
+        self._num_special = backend.num_special_tokens_to_add(False)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -53,6 +57,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the tokens that the checkpoint puts around a text (Mixtral's <s>) unless told otherwise."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def most_tokens(self, text: str) -> int:
+        """So many tokens, or fewer, `encode` will find: no token stands for less than a byte."""
+        num_bytes = len(text) if text.isascii() else 4 * len(text)
+        return num_bytes * self._growth + self._num_special
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens."""

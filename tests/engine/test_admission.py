@@ -118,3 +118,12 @@ def test_the_door_and_the_engine_agree(
             assert not gone
     except TooLate:
         assert gone == {"new"}
+
+
+def test_judging_counts_nothing() -> None:
+    door = gate()
+    for _ in range(3):
+        assert door.judge(state(), 60, AUTO, NOW, NOW)
+    assert judged(door, state(), 60)
+    with pytest.raises(TooLate):
+        door.judge(state(), 60, AUTO, NOW, NOW)

@@ -113,13 +113,15 @@ def test_a_refusal_at_the_door_needs_no_answer_from_the_engine(tmp_path):
         for number in range(1, 4):
             with pytest.raises(UnavailableError, match="the server is overloaded: the first token would come after"):
                 stub.submit(number)
+        with pytest.raises(UnavailableError, match="the server is overloaded"):
+            stub.client.check(1, 8, SamplingParams(), time.monotonic())  # not tokenized
         assert not stub.ended
     finally:
         engine.resume()
     try:
-        wait_until(lambda: block.read_telemetry(0)["requests_shed"] == 3)
+        wait_until(lambda: block.read_telemetry(0)["requests_shed"] == 4)
         row = block.read_telemetry(0)
-        assert (row["requests"], row["prompt_tokens"]) == (4, 12)
+        assert (row["requests"], row["prompt_tokens"]) == (5, 20)
         assert stub.tokens and not stub.ended
     finally:
         stub.client.close()

@@ -5,6 +5,10 @@ class ConfigError(ValueError):
     """Start-up input is unusable (a parameter, the checkpoint, a file); the model must not become READY."""
 
 
+class UnreachableError(ConfigError):
+    """What the start-up input names cannot be reached now, though it may be later: starting again can help."""
+
+
 class InvalidRequestError(ValueError):
     """A request is malformed or asks for something that is not allowed (Triton INVALID_ARGUMENT)."""
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from backend.elastic.exchange import WORKER, Link, LinkError
 from backend.elastic.expert_worker import ExpertWorker, WorkerShape
-from backend.errors import ConfigError
+from backend.elastic.ray_remains import end_with_this_process
+from backend.errors import ConfigError, UnreachableError
 from backend.experts.resident import Source
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,8 @@ class RayHost:
         and threads of a worker (default: 1, on a cluster of its own an equal share). `device` of the engine: beside one on a
         CUDA device every worker has such a device of its own.
 
-        Raises ConfigError if Ray is not installed, the cluster cannot be reached or has no room for so many workers.
+        Raises ConfigError if Ray is not installed or the cluster has no room for so many workers, UnreachableError if it
+        cannot be reached.
         """
         if device.type == "cuda" and not address:
             raise ConfigError(
@@ -121,9 +123,11 @@ class RayHost:
                 "cluster whose GPUs are others than the engine's"
             )
         former_handler = signal.getsignal(signal.SIGTERM)
-        # Ray reads these when it is imported: it tries for minutes to reach a cluster, and reports its use to its makers.
+        # Ray reads these when it is imported: it tries for minutes to reach a cluster, reports its use to its makers, and has
+        # workers step back (nice 15) behind everything else on the machine, although the engine waits for them.
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             import ray
         except ImportError:
@@ -139,6 +143,7 @@ class RayHost:
                 "a Ray cluster on this machine",
                 cpus or max(1, (os.cpu_count() or 1) // (num_workers + 1)),
             )
+        is_new = not address and not ray.is_initialized()
         try:
             if address:
                 _check_reachable(address)
@@ -157,10 +162,17 @@ class RayHost:
             )
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{where} cannot be used for expert workers: {reason}") from None
+            if (
+                type(error) is ConnectionError and "RAY_AUTH_MODE" not in os.environ
+            ):  # Ray's own: something listens there
+                reason += "; if it asks for a token, set RAY_AUTH_MODE=token for the server, too"
+            kind = UnreachableError if isinstance(error, OSError) else ConfigError
+            raise kind(f"{where} cannot be used for expert workers: {reason}") from None
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, former_handler)  # Ray's would end the engine without draining
+        if is_new:
+            end_with_this_process()
         self._device = device.type
         #: What each worker needs, in Ray's words.
         self._needs: dict[str, float] = {"CPU": self._cpus}

@@ -23,7 +23,7 @@ from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.engine.engine import Engine, Event
 from backend.engine.request import Request, RequestEnded, TokenOutput
-from backend.errors import ConfigError, InvalidRequestError, UnavailableError
+from backend.errors import ConfigError, InvalidRequestError, UnavailableError, UnreachableError
 from backend.serving.engine_control import EngineControl
 from backend.serving.launch_processes import yield_to_nobody
 from backend.serving.protocol import (
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         record.error = str(error)
         record.write(args.runtime_dir, args.index)
         log.error("%s", error)
-        return EXIT_CONFIG
+        return 1 if isinstance(error, UnreachableError) else EXIT_CONFIG
     except Exception as error:
         record.error = f"{type(error).__name__}: {error}"
         record.write(args.runtime_dir, args.index)

@@ -5,26 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import pytest
 
 from backend.brownout.settings import Settings
 from backend.elastic.ray_workers import RayHandle
 from backend.elastic.worker_pool import WorkerPool
 from backend.engine.engine import Engine
-from backend.engine.request import TokenOutput
-from backend.errors import ConfigError
-from tests.engine.test_brownout import FULL, ids, make_engine, make_prompts, make_request, run
-
-PROMPTS = make_prompts(8)
-
-
-def requests() -> list:
-    return [make_request(i, prompt, 24) for i, prompt in enumerate(PROMPTS)]
+from backend.errors import ConfigError, UnreachableError
+from backend.serving.launch_processes import has_ended
+from backend.serving.triton_server import PRODUCT_ROOT
+from tests.elastic.greedy_tokens import PROMPTS, tokens
+from tests.engine.test_brownout import FULL, make_engine, make_request, run
+from tests.waiting import wait_until
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +47,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[object, list[int]]:
-    return {name: ids(outputs) for name, outputs in run(make_engine(), requests()).items()}
+    return tokens(make_engine())
 
 
 def pool_of(engine: Engine) -> WorkerPool:
@@ -63,28 +62,18 @@ def pids(engine: Engine) -> dict[int, int]:
     return {worker: handle.pid for worker, handle in handles.items()}
 
 
-def tokens(engine: Engine, before_step=lambda step: None) -> dict[object, list[int]]:
-    """Tokens of the requests, none of which may end otherwise; nothing comes from the cache."""
-    engine.blocks.clear_cache()
-    for request in requests():
-        engine.add(request)
-    found: dict[object, list[int]] = {}
-    steps = 0
-    while engine.has_work:
-        before_step(steps)
-        for event in engine.step():
-            assert isinstance(event, TokenOutput), event
-            found.setdefault(event.request_id, []).append(event.token_id)
-        steps += 1
-    return found
-
-
 def step_until(engine: Engine, condition) -> None:
     limit = time.monotonic() + 150
     while not condition():
         assert time.monotonic() < limit, "it never came"
-        run(engine, requests()[:1])
+        run(engine, [make_request(0, PROMPTS[0], 24)])
         engine.blocks.clear_cache()
+
+
+def test_workers_have_the_engines_priority(engine: Engine) -> None:
+    """By default Ray's workers step back behind everything else, and the engine waits for them."""
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids(engine).values()] == [own, own]
 
 
 def test_tokens_are_the_local_pools_also_after_copies_have_moved(engine: Engine, expected) -> None:
@@ -164,8 +153,34 @@ def test_cluster_that_cannot_be_reached_is_named() -> None:
     pytest.importorskip("ray", reason="needs the package ray (extra workers)")
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    for wrong, reason in ((address, "Connection refused"), ("nowhere", "an address is host:port")):
+    for wrong, reason, may_come in (
+        (address, "Connection refused", True),
+        ("nowhere", "an address is host:port", False),
+    ):
         with pytest.raises(
             ConfigError, match=rf"Ray cluster at {wrong} \(parameter ray_address\) cannot be used.*{reason}"
-        ):
+        ) as found:
             make_engine(expert_pool="workers:2", ray_address=wrong)
+        assert isinstance(found.value, UnreachableError) == may_come
+
+
+_ENGINE_OF_A_CLUSTER = """
+import psutil, sys, torch
+from backend.elastic.expert_worker import WorkerShape
+from backend.elastic.ray_workers import RayHost
+RayHost("", 1, 1, WorkerShape(1, 2, 1, 32, 32, 2), torch.device("cpu"))
+print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nothing_of_its_own_cluster_outlives_a_killed_engine() -> None:
+    pytest.importorskip("ray", reason="needs the package ray (extra workers)")
+    command = [sys.executable, "-c", _ENGINE_OF_A_CLUSTER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PRODUCT_ROOT
+    ) as engine:
+        found = [psutil.Process(int(pid)) for pid in engine.stdout.readline().split()]
+        assert {"raylet", "gcs_server"} <= {process.name() for process in found}
+        engine.kill()
+    wait_until(lambda: all(map(has_ended, found)), 30, "the end of all that Ray has started")

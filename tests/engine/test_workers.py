@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from backend.brownout.settings import Settings
 from backend.engine.engine import Engine
-from backend.engine.request import TokenOutput
 from backend.errors import ConfigError
 from backend.models import registry
+from tests.elastic.greedy_tokens import PROMPTS, tokens
 from tests.elastic.thread_workers import ThreadHost
-from tests.engine.test_brownout import FULL, ids, make_engine, make_prompts, make_request, run
-
-PROMPTS = make_prompts(8)
+from tests.engine.test_brownout import FULL, ids, make_engine, make_request, run
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +23,6 @@ def engine() -> Iterator[Engine]:
         made = make_engine(expert_pool="workers:2", resident_experts="0.75")
     yield made
     made.close()
-
-
-def tokens(engine: Engine, before_step: Callable[[int], object] = lambda step: None) -> dict[object, list[int]]:
-    """Tokens of the requests, none of which may end otherwise; nothing comes from the prefix cache."""
-    engine.blocks.clear_cache()
-    for i, prompt in enumerate(PROMPTS):
-        engine.add(make_request(i, prompt, 16))
-    found: dict[object, list[int]] = {}
-    steps = 0
-    while engine.has_work:
-        before_step(steps)
-        for event in engine.step():
-            assert isinstance(event, TokenOutput), event
-            found.setdefault(event.request_id, []).append(event.token_id)
-        steps += 1
-    return found
 
 
 @pytest.fixture(scope="module")

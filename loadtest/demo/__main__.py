@@ -31,9 +31,11 @@ from loadtest.demo.burst import (
     BURST,
     CALM,
     BurstShape,
+    Ground,
     burst_schedule,
     measure_ground,
     peak_rps,
+    pressed,
     run_against_fresh_server,
     trace_schedule,
 )
@@ -45,6 +47,8 @@ from loadtest.quality import quality_of_run
 from loadtest.record import RequestRecord, write_records
 from loadtest.report.page import write_report
 from loadtest.report.run_data import load_run
+from loadtest.results import RunSummary
+from loadtest.schedule import Schedule
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +79,49 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
             return 1
         console.print("\nMeasuring what this machine can do, and how fast it answers at a calm load …")
         ground = asyncio.run(measure_ground(server, prompts, shape, args.seed, console))
+
+    def run(name: str, law: str | None) -> tuple[RunSummary, list[RequestRecord]]:
+        console.print(f"Brownout {name}, fresh server …")
+        return run_against_fresh_server(
+            name,
+            load,
+            ground.slo,
+            prompts,
+            seed=args.seed,
+            env=env,
+            folder=args.output,
+            law=law,
+            max_loss_percent=args.max_quality_loss,
+            console=console,
+        )
+
+    load, rates = _load_of(args, ground, shape, console)
+    off, _ = run("off", None)
+    if not args.trace and not pressed(off):
+        console.print("That load was no burst: the machine is faster than it was when it was measured. Once more …")
+        with running_server(env=env, log=args.output / "ground.server.log") as server:
+            ground = asyncio.run(measure_ground(server, prompts, shape, args.seed + 1, console))
+        load, rates = _load_of(args, ground, shape, console)
+        off, _ = run("off", None)
+    on, records = run("on", args.law)
+    profile = DEMO_CHECKPOINT / PROFILE_NAME
+    quality = quality_of_run(records, read_course(args.output / "on.jsonl"), read_profile(profile))
+    comparison = Comparison(ground=ground, base_rps=rates[0], burst_rps=rates[1], off=off, on=on, quality=quality)
+    console.print(comparison.table())
+    summary = args.output / "summary.json"
+    summary.write_text(json.dumps(comparison.summary(), indent=2) + "\n")
+    runs = [load_run(f"{name}={args.output / f'{name}.jsonl'}", profile) for name in ("off", "on")]
+    report = write_report(runs, args.output)
+    console.print(f"Wrote {report}, {summary}, and records, telemetry and logs beside them.", highlight=False)
+    if not comparison.valid:
+        console.print("[red]A run is invalid: the load generator was late, or requests failed.[/red] See the report.")
+    return 0 if comparison.valid else 1
+
+
+def _load_of(
+    args: argparse.Namespace, ground: Ground, shape: BurstShape, console: Console
+) -> tuple[tuple[str, Schedule], tuple[float, float]]:
+    """The load that fits this ground, with its usual and its highest rate, told to the user."""
     if args.trace:
         load = trace_schedule(args.trace, ground, shape, args.seed)
         rates = len(load[1].arrivals) / load[1].duration_s, peak_rps(load[1])
@@ -88,35 +135,7 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
         f"{rates[1]:.1f}.",
         highlight=False,
     )
-    summaries = {}
-    for name, law in (("off", None), ("on", args.law)):
-        console.print(f"Brownout {name}, fresh server …")
-        summaries[name], records = run_against_fresh_server(
-            name,
-            load,
-            ground.slo,
-            prompts,
-            seed=args.seed,
-            env=env,
-            folder=args.output,
-            law=law,
-            max_loss_percent=args.max_quality_loss,
-            console=console,
-        )
-    profile = DEMO_CHECKPOINT / PROFILE_NAME
-    quality = quality_of_run(records, read_course(args.output / "on.jsonl"), read_profile(profile))
-    comparison = Comparison(
-        ground=ground, base_rps=rates[0], burst_rps=rates[1], off=summaries["off"], on=summaries["on"], quality=quality
-    )
-    console.print(comparison.table())
-    summary = args.output / "summary.json"
-    summary.write_text(json.dumps(comparison.summary(), indent=2) + "\n")
-    runs = [load_run(f"{name}={args.output / f'{name}.jsonl'}", profile) for name in summaries]
-    report = write_report(runs, args.output)
-    console.print(f"Wrote {report}, {summary}, and records, telemetry and logs beside them.", highlight=False)
-    if not comparison.valid:
-        console.print("[red]A run is invalid: the load generator was late, or requests failed.[/red] See the report.")
-    return 0 if comparison.valid else 1
+    return load, rates
 
 
 async def _ask_questions(server: RunningServer, folder: Path, console: Console) -> list[RequestRecord]:

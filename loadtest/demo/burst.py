@@ -36,6 +36,9 @@ CALM, BURST = 0.7, 1.4
 #: A trace's mean load, as a share of capacity: its peaks go beyond.
 _TRACE_LOAD = 0.85
 
+#: Share of late first tokens or late tokens from which a load counts as too much.
+_PRESSED = 0.1
+
 _INTERFACES = ("http_stream", "grpc_stream")
 #: Clients of the closed loop, and seconds that it and the calm load are to take.
 _CLIENTS = 128
@@ -102,6 +105,12 @@ def peak_rps(schedule: Schedule, window_s: float = 5.0) -> float:
             end += 1
         most = max(most, end - begin)
     return most / window_s
+
+
+def pressed(off: RunSummary) -> bool:
+    """Whether a load was too much without brownout: else the machine was slower while its capacity was measured."""
+    result = off.result
+    return max(result.ttft_violation_ratio or 0.0, result.itl_violation_ratio or 0.0) >= _PRESSED
 
 
 async def measure_ground(

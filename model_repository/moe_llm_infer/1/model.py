@@ -8,10 +8,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import triton_python_backend_utils as pb_utils
 
 from backend.serving.adapter import MoeLlmModel
+from backend.serving.server_watch import end_with_server
 
 
 class TritonPythonModel:
     def initialize(self, args):
+        end_with_server()
         self._model = MoeLlmModel(pb_utils, args)
 
     def execute(self, requests):

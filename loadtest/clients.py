@@ -8,20 +8,17 @@ grpc_infer    unary gRPC on moe_llm_infer
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
 import grpc
-import msgspec
 import numpy as np
 import tritonclient.grpc.aio as grpc_aio
 import tritonclient.http.aio as http_aio
 from tritonclient.utils import InferenceServerException
 
-from loadtest.http_lines import HttpError, HttpLines
 from loadtest.record import RequestRecord
 from loadtest.wire import (
     INFER_MODEL,
@@ -35,8 +32,6 @@ from loadtest.wire import (
     outputs_of,
 )
 
-_STREAM_PATH = f"/v2/models/{STREAM_MODEL}/generate_stream"
-
 
 class Clients:
     """Connections to one server, to be used as an async context manager.
@@ -49,13 +44,15 @@ class Clients:
         self._grpc_address = grpc
 
     async def __aenter__(self) -> Clients:
-        self._lines = HttpLines(self._http_address)
+        # Streams last as long as they last; the connection pool must not queue them either.
+        timeout = aiohttp.ClientTimeout(total=None)
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
         self._http = http_aio.InferenceServerClient(self._http_address, conn_limit=10_000, conn_timeout=3600)
         self._grpc = grpc_aio.InferenceServerClient(self._grpc_address)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._lines.close()
+        await self._session.close()
         await self._http.close()
         await self._grpc.close()
 
@@ -68,19 +65,13 @@ class Clients:
         on_text: OnText | None = None,
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
-            body = msgspec.json.encode(generate_body(prompt, sampling))
-            error: ServerError | None = None
-            async with contextlib.aclosing(self._lines.post(_STREAM_PATH, body)) as lines:
-                # To its end also after an error, or the connection could not be used again.
-                async for line in lines:
-                    # Without `data:` it is an error from before the stream began.
-                    if line.startswith((b"data:", b"{")):
-                        try:
-                            note_response(record, msgspec.json.decode(line.removeprefix(b"data:")), on_text)
-                        except ServerError as raised:
-                            error = raised
-            if error is not None:
-                raise error
+            url = f"http://{self._http_address}/v2/models/{STREAM_MODEL}/generate_stream"
+            async with self._session.post(url, json=generate_body(prompt, sampling)) as response:
+                async for line in response.content:
+                    if line.startswith(b"data:"):
+                        note_response(record, json.loads(line[5:]), on_text)
+                    elif line.strip() and response.status != 200:
+                        note_response(record, json.loads(line), on_text)
 
         return await _recorded("http_stream", number, intended_s, run)
 
@@ -147,7 +138,7 @@ async def _recorded(
         if not record.responses:
             raise ServerError("the stream ended without a response")
         record.end_s = time.monotonic()
-    except (InferenceServerException, grpc.RpcError, aiohttp.ClientError, OSError, HttpError, ServerError) as error:
+    except (InferenceServerException, grpc.RpcError, aiohttp.ClientError, OSError, ServerError) as error:
         note_error(record, error)
     return record
 

@@ -45,6 +45,11 @@ class StepSample(msgspec.Struct, frozen=True, array_like=True):
     threshold_prefill: float
     threshold_decode: float
 
+    @property
+    def inputs(self) -> tuple[int, int, float, float]:
+        """What the model predicts from."""
+        return self.prefill_tokens, self.decode_tokens, self.threshold_prefill, self.threshold_decode
+
 
 def features(prefill: ArrayLike, decode: ArrayLike, theta_prefill: ArrayLike, theta_decode: ArrayLike) -> Array:
     """[..., 6] of broadcast arguments, in the order of WEIGHT_NAMES."""
@@ -85,7 +90,7 @@ class StepModel:
     def update(self, sample: StepSample) -> None:
         """Learn one step."""
         seconds = max(sample.seconds, 1e-6)
-        inputs = features(*_inputs(sample))
+        inputs = features(*sample.inputs)
         scale = self._scale_s(inputs, seconds)
         row, target = inputs / scale, min(seconds / scale, _LARGEST)
         if self.num_samples == 0:
@@ -153,8 +158,16 @@ class StepModel:
         return model
 
 
-def _inputs(sample: StepSample) -> tuple[float, float, float, float]:
-    return sample.prefill_tokens, sample.decode_tokens, sample.threshold_prefill, sample.threshold_decode
+class Slowed:
+    """A step model as it holds just now: all steps take `factor` times what it predicts."""
+
+    def __init__(self, model: StepModel, factor: float) -> None:
+        self._model, self._factor = model, factor
+
+    def predict_s(
+        self, prefill: ArrayLike, decode: ArrayLike, theta_prefill: ArrayLike, theta_decode: ArrayLike
+    ) -> Array:
+        return self._factor * self._model.predict_s(prefill, decode, theta_prefill, theta_decode)
 
 
 def _nonnegative(weights: Array) -> Array:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.settings import Available, Settings
-from backend.brownout.step_model import StepModel
+from backend.brownout.step_model import Slowed, StepModel
 from backend.config import EngineConfig
 from backend.engine.admission import too_late
 from backend.engine.block_manager import BlockManager
@@ -162,7 +162,7 @@ class Engine:
         self.counters.prompt_tokens += sum(prompt_tokens)
         self.counters.requests_shed += len(prompt_tokens)
 
-    def shed(self, model: StepModel, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
+    def shed(self, model: StepModel | Slowed, limit_s: float, floor: float = 1.0, margin: float = 0.0) -> list[Event]:
         """End requests that have come since the last call and cannot get their first token within `limit_s` of arriving.
 
         They are judged at the present thresholds or, if it is lower, at `floor`: what dimming may still save is not refused.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from backend.brownout.queue_model import EngineLoad
-from backend.brownout.step_model import StepModel
+from backend.brownout.step_model import Slowed, StepModel
 from backend.engine.request import Request
 
 
@@ -69,7 +69,7 @@ class Pace(NamedTuple):
     finish_s: float
 
     @classmethod
-    def of(cls, model: StepModel, load: EngineLoad, theta_prefill: float, theta_decode: float) -> Pace:
+    def of(cls, model: StepModel | Slowed, load: EngineLoad, theta_prefill: float, theta_decode: float) -> Pace:
         decodes = min(load.running, load.max_batch_tokens - 1)
         chunk = load.max_batch_tokens - decodes
         per_request = load.waiting_tokens / max(load.waiting, 1)

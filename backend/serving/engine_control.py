@@ -13,7 +13,7 @@ import numpy as np
 from backend.brownout.block import MAX_ENGINES, MAX_LAYERS, MAX_STEPS, QUEUE, TELEMETRY, Block
 from backend.brownout.buckets import bucket_of
 from backend.brownout.control import SettingsReader
-from backend.brownout.step_model import StepModel, StepSample
+from backend.brownout.step_model import Slowed, StepModel, StepSample
 from backend.engine.admission import QueueState
 from backend.engine.engine import Engine, Event
 from backend.engine.shedding import Pace
@@ -31,6 +31,9 @@ _SHED_PERIOD_S = 0.01
 _MARGIN = (0.15, 0.5)
 _MARGIN_GAIN = 0.02
 _LATE_SHARE = 0.02
+#: The model remembers hundreds of steps, but how fast they go may change within a second, as others use the processors. So
+#: its predictions are taken times the last steps' mean deviation from it: the weight of one step, and bounds.
+_SLOWDOWN_SMOOTHING, _SLOWDOWN = 0.1, (0.5, 5.0)
 #: Priority of an empty queue: whoever comes is the last in it.
 _LEAST = -(2**62)
 
@@ -58,6 +61,7 @@ class EngineControl:
         self._max_gap_s = 0.0
         self._margin = _MARGIN[0]
         self._model = StepModel()
+        self._slowdown = 1.0
         self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
         #: Of an engine that refuses nothing early.
         self._state = QueueState(generation, 0.0, 0.0, 0, 0, 0, False, math.inf, math.nan, Pace(1, 0, 0, 0, 1, 0))
@@ -92,14 +96,19 @@ class EngineControl:
             settings.threshold_decode,
         )
         if self._engine.config.shed_ttft_s is not None:
-            self._model.update(
-                StepSample(seconds, prefill, decode, settings.threshold_prefill, settings.threshold_decode)
-            )
+            self._learn(StepSample(seconds, prefill, decode, settings.threshold_prefill, settings.threshold_decode))
         self._num_steps += 1
         self._num_prefill += prefill
         self._num_decode += decode
         counts = self._prefill if prefill else self._decode
         counts[bucket_of(seconds)] += 1
+
+    def _learn(self, step: StepSample) -> None:
+        if self._model.ready:
+            expected_s = float(self._model.predict_s(*step.inputs))
+            ratio = min(max(step.seconds / max(expected_s, 1e-6), _SLOWDOWN[0]), _SLOWDOWN[1])
+            self._slowdown += _SLOWDOWN_SMOOTHING * (ratio - self._slowdown)
+        self._model.update(step)
 
     def shed(self) -> list[Event]:
         """End requests that come too late, if that is configured and the engine's speed is known."""
@@ -107,24 +116,25 @@ class EngineControl:
         if limit_s is None or not self._model.ready or now < self._next_shed_s:
             return []
         self._next_shed_s = now + _SHED_PERIOD_S
-        return self._engine.shed(self._model, limit_s, self._settings.floor, self._margin)
+        return self._engine.shed(Slowed(self._model, self._slowdown), limit_s, self._settings.floor, self._margin)
 
     def announce(self, seen_s: float) -> None:
         """Tell the stubs how the queue stands: before a step, and when there is nothing left to do.
 
         `seen_s` is the arrival of the latest request that has come.
         """
-        engine, model, limit_s = self._engine, self._model, self._engine.config.shed_ttft_s
+        engine, limit_s = self._engine, self._engine.config.shed_ttft_s
         requests = engine.requests
         request_s = requests.request_s
         state = self._state._replace(
             seen_s=seen_s, waiting=len(requests.waiting), request_s=math.nan if request_s is None else request_s
         )
-        if limit_s is None or not model.ready:
+        if limit_s is None or not self._model.ready:
             state = state._replace(pace=state.pace._replace(free=engine.scheduler.num_free))
         else:
             load, settings, now = engine.load(), engine.settings, time.monotonic()
             thetas = settings.threshold_prefill, settings.threshold_decode
+            model = Slowed(self._model, self._slowdown)
             pace = Pace.of(model, load, *(min(theta, self._settings.floor) for theta in thetas))
             prefill = min(pace.chunk, load.waiting_tokens - (0 if pace.free > 0 else requests.waiting_tokens))
             step_s = float(model.predict_s(prefill, load.running, *thetas)) if engine.has_work else 0.0

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from backend.brownout.block import Block
@@ -148,6 +149,21 @@ def test_stubs_learn_how_the_queue_stands(block: Block, monkeypatch: pytest.Monk
     said = block.read_queue(2)
     assert (said["waiting"], said["tokens"], said["any_auto"], said["pace"]["free"]) == (0, 0, False, 1)
     assert said["ready_s"] <= time.monotonic()
+
+
+def test_the_queue_is_judged_by_how_fast_the_last_steps_were(block: Block) -> None:
+    """The model itself remembers hundreds of steps; when the machine slows down, the stubs hear of it within some ten."""
+    engine = Engine(EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=64, max_batch_tokens=16, shed_ttft_s=1.0))
+    control = EngineControl(engine, block, 2, 7)
+    add(engine, "a", 4)
+    for step in measured_steps(count=200):
+        control._learn(step)
+    control.announce(1.0)
+    before = block.read_queue(2)["pace"]["full_s"]
+    for step in measured_steps(count=20):
+        control._learn(msgspec.structs.replace(step, seconds=3 * step.seconds))
+    control.announce(1.0)
+    assert 2.5 * before < block.read_queue(2)["pace"]["full_s"] < 4 * before
 
 
 def test_refusals_come_earlier_when_first_tokens_come_late(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,8 @@ class RayHost:
             )
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if (
-                type(error) is ConnectionError and "RAY_AUTH_MODE" not in os.environ
-            ):  # Ray's own: something listens there
+            # Ray's own kind of error: something listens there, but will not talk.
+            if type(error) is ConnectionError and "RAY_AUTH_MODE" not in os.environ:
                 reason += "; if it asks for a token, set RAY_AUTH_MODE=token for the server, too"
             kind = UnreachableError if isinstance(error, OSError) else ConfigError
             raise kind(f"{where} cannot be used for expert workers: {reason}") from None

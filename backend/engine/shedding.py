@@ -16,16 +16,12 @@ from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import Slowed, StepModel
 from backend.engine.request import Request
 
-#: A refusal that takes longer than this is worth little: who was let pass so long ago is served, late if need be.
-REFUSED_WITHIN_S = 0.08
-
 
 @dataclass(frozen=True)
 class Waiting:
     """A request without a token yet. `never` (full quality wanted) and a lower `priority` number make it more important.
 
-    `judged`: its stub let it pass, going by the queue as it was when the request came. `accepted`: so did the engine, or it
-    was too late to say otherwise.
+    `judged`: its stub let it pass, going by the queue as it was when the request came. `accepted`: so did the engine.
     """
 
     request_id: object
@@ -46,7 +42,7 @@ class Waiting:
             len(request.prompt_ids),
             params.brownout == "never",
             params.priority,
-            request.accepted or (request.judged and now - request.arrival > REFUSED_WITHIN_S),
+            request.accepted,
             request.judged,
         )
 

@@ -133,16 +133,6 @@ def test_the_pace_is_that_of_the_queue_model(running: int, tokens: int, ahead: i
     )
 
 
-def test_a_refusal_that_would_take_long_is_not_made_any_more() -> None:
-    """What its stub let pass and a long step held up is served; what only the engine can judge it still refuses."""
-    now = 100.0
-    params = SamplingParams(max_tokens=5)
-    for judged, age_s, accepted in ((True, 0.05, False), (True, 0.1, True), (False, 0.1, False)):
-        request = Request("one", [1] * 20, params, arrival=now - age_s)
-        request.judged = judged
-        assert Waiting.of(request, now).accepted == accepted
-
-
 def test_the_engine_refuses_once_with_a_hint_and_goes_on() -> None:
     """One runs for 1000 tokens on average at 14 ms a step: whoever waits behind it waits for seconds."""
     engine = Engine(EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=128, max_running=1))

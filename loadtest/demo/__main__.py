@@ -4,7 +4,8 @@ python -m loadtest.demo [--trace FILE] [--output DIR]
 
 The model answers some questions, over every interface. Then the machine's capacity and a promise of latency are measured, and
 the same arrivals are sent to two fresh servers: one at full quality, one with a controller beside it that dims the model just
-enough. The model's experts are widened (the same function at a larger cost), so that they weigh as they do in large models.
+enough. If the first of them bears the burst, the machine was slower while it was measured; then it is measured again. The
+model's experts are widened (the same function at a larger cost), so that they weigh as they do in large models.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Predictive(Law):
         margin: float = MARGIN,
         hysteresis: float = HYSTERESIS,
         brighten_per_s: float = BRIGHTEN_PER_S,
-        arrivals_time_s: float = 3.0,
+        arrivals_time_s: float = 1.5,
         horizon_s: float = 3.0,
         model: StepModel | None = None,
     ) -> None:

@@ -36,8 +36,8 @@ CALM, BURST = 0.7, 1.4
 #: A trace's mean load, as a share of capacity: its peaks go beyond.
 _TRACE_LOAD = 0.85
 
-#: Share of late first tokens or late tokens from which a load counts as too much.
-_PRESSED = 0.1
+#: Share of late first tokens from which the first seconds of a burst count as too much.
+_PRESSED, _PROBE_S = 0.05, 12.0
 
 _INTERFACES = ("http_stream", "grpc_stream")
 #: Clients of the closed loop, and seconds that it and the calm load are to take.
@@ -107,12 +107,6 @@ def peak_rps(schedule: Schedule, window_s: float = 5.0) -> float:
     return most / window_s
 
 
-def pressed(off: RunSummary) -> bool:
-    """Whether a load was too much without brownout: else the machine was slower while its capacity was measured."""
-    result = off.result
-    return max(result.ttft_violation_ratio or 0.0, result.itl_violation_ratio or 0.0) >= _PRESSED
-
-
 async def measure_ground(
     server: RunningServer, prompts: Prompts, shape: BurstShape, seed: int, console: Console
 ) -> Ground:
@@ -129,10 +123,26 @@ async def measure_ground(
     spec = f"poisson:rate={CALM * capacity:.4f},duration={_CALM_S:g}"
     schedule = build_schedule(spec, seed=seed + 2, input_tokens=shape.input_tokens, output_tokens=shape.output_tokens)
     info = _info("calm", spec, schedule, seed + 2, Slo(ttft_s=1.0, itl_s=1.0))
-    _, calm = await run_load(
+    _, calm = await _send(server, schedule, prompts, info, console)
+    return Ground(capacity, capacity * tokens, promise_of(calm))
+
+
+async def breaks_promise(
+    server: RunningServer, ground: Ground, prompts: Prompts, shape: BurstShape, seed: int, console: Console
+) -> bool:
+    """Whether the burst's rate is too much for full quality: else the machine was slower while its capacity was measured."""
+    spec = f"poisson:rate={BURST * ground.capacity_rps:.4f},duration={_PROBE_S:g}"
+    schedule = build_schedule(spec, seed=seed, input_tokens=shape.input_tokens, output_tokens=shape.output_tokens)
+    summary, _ = await _send(server, schedule, prompts, _info("probe", spec, schedule, seed, ground.slo), console)
+    return (summary.result.ttft_violation_ratio or 0.0) >= _PRESSED
+
+
+async def _send(
+    server: RunningServer, schedule: Schedule, prompts: Prompts, info: RunInfo, console: Console
+) -> tuple[RunSummary, list[RequestRecord]]:
+    return await run_load(
         schedule, prompts, http=server.http, grpc=server.grpc, interfaces=_INTERFACES, info=info, console=console
     )
-    return Ground(capacity, capacity * tokens, promise_of(calm))
 
 
 async def _closed_loop(

@@ -1,11 +1,25 @@
 """The demo's load: rates from capacity, a trace fitted to it, and the controller beside the server."""
 
+import asyncio
 import statistics
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from backend.errors import ConfigError
-from loadtest.demo.burst import BURST, CALM, BurstShape, Ground, burst_schedule, peak_rps, trace_schedule
+from loadtest.demo import burst
+from loadtest.demo.burst import (
+    BURST,
+    CALM,
+    BurstShape,
+    Ground,
+    breaks_promise,
+    burst_schedule,
+    peak_rps,
+    trace_schedule,
+)
+from loadtest.prompts import GeneratedPrompts
 from loadtest.record import Slo
 from loadtest.schedule import Arrival, Schedule
 
@@ -55,3 +69,20 @@ def test_the_peak_is_the_busiest_window():
     schedule = Schedule([Arrival(at_s, 1, 1) for at_s in times], 31.0)
     assert peak_rps(schedule, window_s=1.0) == 3.0
     assert peak_rps(schedule, window_s=5.0) == 4 / 5
+
+
+@pytest.mark.parametrize(("late", "breaks"), [(0.0, False), (0.04, False), (0.06, True), (None, False)])
+def test_a_burst_that_nobody_waits_in_is_none(monkeypatch, late, breaks):
+    sent = []
+
+    async def run_load(schedule, prompts, **kwargs):
+        sent.append((schedule, kwargs["info"].slo))
+        return SimpleNamespace(result=SimpleNamespace(ttft_violation_ratio=late)), []
+
+    monkeypatch.setattr(burst, "run_load", run_load)
+    server = SimpleNamespace(http="h", grpc="g")
+    probe = breaks_promise(server, GROUND, GeneratedPrompts(0), BurstShape(), 5, Console(quiet=True))
+    assert asyncio.run(probe) is breaks
+    [(schedule, slo)] = sent
+    assert slo == GROUND.slo
+    assert len(schedule.arrivals) / schedule.duration_s == pytest.approx(BURST * GROUND.capacity_rps, rel=0.15)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from loadtest.demo.burst import Ground, pressed
+from loadtest.demo.burst import Ground
 from loadtest.demo.comparison import Comparison
 from loadtest.quality import Quality
 from loadtest.record import RequestRecord, Slo
@@ -35,10 +35,6 @@ def _comparison(on: RunSummary) -> Comparison:
         ground=Ground(10.0, 1000.0, SLO), base_rps=7.0, burst_rps=14.0, off=_run("off", 0.9), on=on,
         quality=Quality(mean_loss_percent=1.25, max_loss_percent=4.0, measure="letter"),
     )  # fmt: skip
-
-
-def test_a_load_that_nobody_waits_in_is_no_burst():
-    assert pressed(_run("off", ttft_s=0.9)) and not pressed(_run("off", ttft_s=0.1))
 
 
 def test_the_summary_is_as_documented():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 from backend.elastic.cost_model import CostModel
@@ -17,6 +18,8 @@ _MEMORY = 40_000.0
 _PEAK_MEMORY_S = 1.0
 #: Share of a large step's assignments that a usual one is taken to have before anything was served.
 _USUAL = 0.1
+#: Large steps on which a plan is tried, and how large they are, as a share of the largest recent one.
+_RECENT, _LARGE = 4, 0.5
 #: Expected assignments in a step below which an expert counts as idle; with united experts to fall back on, rarer ones do.
 _IDLE, _IDLE_WITH_UNITED = 0.01, 0.5
 
@@ -68,6 +71,8 @@ class ElasticPolicy:
         self._seen: Sequence[float] | None = None
         #: Assignments of the largest recent step, and when that was known.
         self._largest, self._largest_at = 0.0, 0.0
+        #: Loads [E] of the last large steps, which a plan has to shorten to be worth its moves.
+        self._recent: deque[Sequence[float]] = deque(maxlen=_RECENT)
         #: Experts that the last plan has; with united experts to fall back on, others are not used and expire.
         self._planned: frozenset[int] = frozenset()
         self._next_plan_at = 0.0
@@ -121,6 +126,8 @@ class ElasticPolicy:
             functions.warm_devices(expert) if not self.united or expert in self._planned else ()
             for expert in range(self.num_experts)
         ]
+        if sum(counts) >= _LARGE * self._largest:
+            self._recent.append(counts)
         missing = [expert for expert, count in enumerate(counts) if count and not table[expert]]
         service = Service(self.devices)
         used = service.run([count if table[expert] else 0 for expert, count in enumerate(counts)], table, self.cost)
@@ -170,6 +177,8 @@ class ElasticPolicy:
         if self._suffices(loads, frozenset(self.functions.copies())):
             return
         plan = self._make_plan(loads, usual)
+        if not self._shortens(plan.copies):
+            return
         self.plans += 1
         begin = now + self.cost.planning_s
         self._load(sorted(plan.copies), begin)
@@ -197,6 +206,25 @@ class ElasticPolicy:
         service.run(loads, table, self.cost)
         # Twice the tolerance of a new plan, or plans would flutter around it.
         return service.seconds <= sum(service.busy) / self.devices * (1 + 2 * self.options.tolerance)
+
+    def _shortens(self, copies: frozenset[Copy]) -> bool:
+        """Whether the last large steps would have been shorter with these copies; so if an active expert has none yet."""
+        present = frozenset(self.functions.copies())
+        if not {expert for expert, _ in copies} <= {expert for expert, _ in present}:
+            return True
+        return self._seconds(copies) < self._seconds(present) * (1 - self.options.tolerance / 2)
+
+    def _seconds(self, copies: frozenset[Copy]) -> float:
+        """Of the last large steps, served by these copies as far as they have any."""
+        table: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for expert, device in copies:
+            table[expert].append(device)
+        total = 0.0
+        for loads in self._recent:
+            service = Service(self.devices)
+            service.run([load if held else 0.0 for load, held in zip(loads, table, strict=True)], table, self.cost)
+            total += service.seconds
+        return total
 
     def _fetch(self, loads: Sequence[float], now: float) -> None:
         """Load one copy of each expected expert that has none, heaviest first, where there is most room."""

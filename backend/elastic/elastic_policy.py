@@ -158,7 +158,9 @@ class ElasticPolicy:
         """Smoothed loads [E] of a step with so many assignments, 0 for experts that are not worth their memory."""
         loads = [share * assignments for share in self._shares]
         if not self.united:
-            return [load if load >= _IDLE else 0.0 for load in loads]
+            # One that is rare, but was used within the keep-alive, must not be waited for when another's replica took its place.
+            alive = {expert for expert, _ in self.functions.copies()}
+            return [max(load, _IDLE) if load >= _IDLE or e in alive else 0.0 for e, load in enumerate(loads)]
         # United experts serve what is rare: enough experts are kept to carry θ of what original experts are asked for.
         kept, carried, needed = [0.0] * len(loads), 0.0, self.options.threshold * sum(loads)
         for expert in sorted(range(len(loads)), key=lambda e: (-loads[e], e)):
@@ -204,8 +206,7 @@ class ElasticPolicy:
             return False
         service = Service(self.devices)
         service.run(loads, table, self.cost)
-        # Twice the tolerance of a new plan, or plans would flutter around it.
-        return service.seconds <= sum(service.busy) / self.devices * (1 + 2 * self.options.tolerance)
+        return service.seconds <= sum(service.busy) / self.devices * (1 + self.options.unrest)
 
     def _shortens(self, copies: frozenset[Copy]) -> bool:
         """Whether the last large steps would have been shorter with these copies; so if an active expert has none yet."""

@@ -26,9 +26,10 @@ class ElasticOptions:
     #: Least time between two plans of a layer: one planner goes round all layers.
     replan_s: float = 0.02
     #: A replica carries at most this share of a device's fair share of the layer (`straggler_bound`).
-    straggler_factor: float = 0.25
-    #: Relative imbalance that is not worth a move (`place`).
-    tolerance: float = 0.1
+    straggler_factor: float = 0.125
+    #: Relative imbalance that a plan may leave (`place`), and that of the copies in memory which is worth another plan.
+    tolerance: float = 0.03
+    unrest: float = 0.2
     use_predictor: bool = True
     use_scaler: bool = True
     use_placer: bool = True

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from backend.elastic.cost_model import CostModel
 from backend.elastic.functions import GB, WARM, ExpertFunctions
 from backend.elastic.placer import Copy, Placement
-from backend.elastic.policies import ElasticOptions, Service, plan_layer
+from backend.elastic.policies import ElasticOptions, Service, balanced_table, plan_layer
 from backend.elastic.united import split
 
 #: Assignments after which half of what is known of an expert's share has been replaced by newer steps.
-_MEMORY = 40_000.0
+_MEMORY = 100_000.0
 #: Seconds in which what is known of the largest step fades to 1 / e.
 _PEAK_MEMORY_S = 1.0
 #: Share of a large step's assignments that a usual one is taken to have before anything was served.
 _USUAL = 0.1
 #: Large steps on which a plan is tried, and how large they are, as a share of the largest recent one.
-_RECENT, _LARGE = 4, 0.5
+_RECENT, _LARGE = 8, 0.5
 #: Expected assignments in a step below which an expert counts as idle; with united experts to fall back on, rarer ones do.
 _IDLE, _IDLE_WITH_UNITED = 0.01, 0.5
 
@@ -81,11 +81,18 @@ class ElasticPolicy:
         self.plans, self.misses = 0, 0
 
     def warm_up(self, loads: Sequence[float], assignments: float) -> None:
-        """Start warm at time 0, as deployed for earlier `loads` [E], with copies for a step of so many assignments."""
+        """Start warm at time 0, as deployed for earlier `loads` [E], with copies for a step of so many assignments.
+
+        Where memory is for all experts, and no ablation forbids it, they are the copies that periodic rebalancing starts with.
+        """
         total = sum(loads)
         self._shares = [load / total for load in loads]
         self._largest = assignments
-        plan = self._make_plan(self._worth_keeping(assignments), _USUAL)
+        roomy = sum(self.functions.capacity) >= self.num_experts
+        if roomy and self.options.use_scaler and self.options.use_placer and not self.united:
+            plan = balanced_table(loads, self.functions.capacity)
+        else:
+            plan = self._make_plan(self._worth_keeping(assignments), _USUAL)
         self.functions.commit(self.functions.prepare(sorted(plan.copies), 0.0), 0.0)
 
     def expect(self, predicted: Sequence[float] | None, now: float) -> None:
@@ -213,7 +220,7 @@ class ElasticPolicy:
         present = frozenset(self.functions.copies())
         if not {expert for expert, _ in copies} <= {expert for expert, _ in present}:
             return True
-        return self._seconds(copies) < self._seconds(present) * (1 - self.options.tolerance / 2)
+        return self._seconds(copies) < self._seconds(present) * (1 - self.options.gain)
 
     def _seconds(self, copies: frozenset[Copy]) -> float:
         """Of the last large steps, served by these copies as far as they have any."""

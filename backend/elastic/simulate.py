@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
         "--rebalance", type=float, default=10.0, help="seconds between rebalancings of eplb (default 10)"
     )
     system.add_argument("--keep-alive", type=float, default=1.0, help="seconds an unused copy stays warm (default 1)")
-    system.add_argument("--straggler-factor", type=float, default=0.25, help="bound of a replica's load (default 0.25)")
+    system.add_argument(
+        "--straggler-factor", type=float, default=0.125, help="bound of a replica's load (default 0.125)"
+    )
     system.add_argument("--threshold", type=float, default=0.8, help="θ of moeless_brownout (default 0.8)")
     system.add_argument("--profile", type=Path, help="brownout-profile.json for the quality loss (default: published)")
     out = top.add_argument_group("output")

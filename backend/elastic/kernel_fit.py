@@ -30,11 +30,6 @@ class KernelFit:
     cases: tuple[tuple[str, float, float], ...]
     source: str
 
-    @property
-    def worst_error(self) -> float:
-        """Largest relative deviation of the fit from what was measured."""
-        return max(abs(fitted / measured - 1) for _, measured, fitted in self.cases)
-
     def constants(self) -> dict[str, float]:
         """As fields of `CostModel`."""
         return {

@@ -141,8 +141,10 @@ class _Plan:
         self._bring_home(limit)
         while self._may_save() and self._relabel():
             self._bring_home(limit)
+        if not self._may_save():
+            return
         counts = [sum(expert in held for held in self.held) for expert in range(len(self.costs))]
-        if self._may_save() and number_of_placements(counts, len(self.held)) <= SMALL:
+        if number_of_placements(counts, len(self.held)) <= SMALL:
             self._set(fewest_moves(counts, self.costs, self.capacity, self.warm_of, limit))
 
     def _homeless(self) -> list[tuple[int, int, int]]:

@@ -20,9 +20,8 @@ pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STREAMS = 512
 LENGTH_S = 480.0
-#: Memory is read every PERIOD_S once pools and buffers have reached their size: compiled shapes, of which so many are kept, take
-#: their time to be met.
-SETTLED_S, PERIOD_S = 240.0, 5.0
+#: Memory is read every PERIOD_S, and counts once pools and buffers have reached their size.
+SETTLED_S, PERIOD_S = 90.0, 5.0
 #: That the last quarter's memory may have more than the first's.
 MAX_GROWTH = 0.01
 #: Less room than there are streams, so that some requests are refused.

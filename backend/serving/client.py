@@ -245,6 +245,8 @@ class EngineClient:
                 for index in range(len(self._config.devices)):
                     self._watch(index, poller)
                 next_watch_s = time.monotonic() + _WATCH_PERIOD_S
+            if not self._links:  # an empty poller would not wait
+                self._closed.wait(_WATCH_PERIOD_S)
             for socket, _ in poller.poll(_POLL_MS):
                 self._receive(socket)
             if time.monotonic() >= next_report_s:

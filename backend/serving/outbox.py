@@ -1,8 +1,9 @@
 """Decides when a request's next response goes out: at once, or as soon as the response rate allows.
 
 Handing one response to Triton costs about 250 µs of processor time, and as much again in the server and a client beside it,
-so a response per token would take the processors from the engine. The outbox bounds responses per second; a request that waits for its turn collects tokens meanwhile. First
-tokens and final responses never wait.
+so a response per token would take the processors from the engine. The outbox bounds responses per second; a request that waits
+for its turn collects tokens meanwhile. Turns come in bunches: several responses back to back cost a sixth to a quarter less
+each, since stub, server and client wake up once for all of them. First tokens and final responses never wait.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Responses that may go out back to back after a pause, in seconds of the allowed rate.
-_BURST_S = 0.05
+#: Responses that may go out back to back after a pause, in seconds of the allowed rate. A bunch is no larger, nor larger
+#: than what waits when the allowance has run out: each item gets its turn as often as if they went one by one.
+_BURST_S = 0.1
 
 
 class Outbox(Generic[T]):
@@ -35,6 +37,8 @@ class Outbox(Generic[T]):
         self._clock = clock
         self._allowance = self._burst
         self._refilled_s = clock()
+        #: Until then nothing goes but what is urgent: the allowance grows for a bunch.
+        self._resume_s = self._refilled_s
         self._urgent: deque[T] = deque()
         self._waiting: OrderedDict[T, None] = OrderedDict()
         self._condition = threading.Condition()
@@ -52,6 +56,8 @@ class Outbox(Generic[T]):
                 self._urgent.append(item)
             else:
                 self._waiting.setdefault(item)
+                if len(self._waiting) > 1:
+                    return  # the thread is at work, or knows how long it rests
             self._condition.notify()
 
     def close(self) -> None:
@@ -73,8 +79,12 @@ class Outbox(Generic[T]):
             return self._urgent.popleft(), 0.0
         if not self._waiting:
             return None, None
+        if now < self._resume_s:
+            return None, self._resume_s - now
         if self._allowance < 1.0:
-            return None, (1.0 - self._allowance) / self._rate
+            bunch = min(float(len(self._waiting)), self._burst)
+            self._resume_s = now + (bunch - self._allowance) / self._rate
+            return None, self._resume_s - now
         self._allowance -= 1.0
         item, _ = self._waiting.popitem(last=False)
         return item, 0.0

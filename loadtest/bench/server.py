@@ -1,4 +1,4 @@
-"""What Triton costs: the same workload on the engine alone and through the server's gRPC streams, in one run."""
+"""What Triton costs: the same workload on the engine alone and through the server's streams, in one run."""
 
 from __future__ import annotations
 
@@ -107,41 +107,32 @@ class ProcessorTimes:
         return seconds
 
 
-async def stream_all(grpc: str, prompts: list[list[int]], new_tokens: int) -> float:
-    """Seconds from the first request to the last response of all streams."""
+async def stream_all(http: str, prompts: list[list[int]], new_tokens: int) -> float:
+    """Seconds from the first request to the last response of all streams, server-sent events: a gRPC stream costs its
+
+    client twice as much for each response, and the client has its part of the processors, too.
+    """
     # Not at the top: the other benchmarks run where no client is installed.
-    import tritonclient.grpc.aio as grpc_aio
+    import aiohttp
 
     from loadtest.clients import STREAM_MODEL
 
-    async with grpc_aio.InferenceServerClient(grpc) as client:
-        sampling = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    sampling = json.dumps({"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True})
+    body = {"sampling_parameters": sampling, "stream": True, "return_num_output_tokens": True}
+    url = f"http://{http}/v2/models/{STREAM_MODEL}/generate_stream"
+    # No limits: streams last as long as they last, all at once.
+    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
 
         async def one(prompt: list[int]) -> int:
-            ids = grpc_aio.InferInput("input_ids", [len(prompt)], "INT64")
-            ids.set_data_from_numpy(np.array(prompt, np.int64))
-            parameters = grpc_aio.InferInput("sampling_parameters", [1], "BYTES")
-            parameters.set_data_from_numpy(np.array([json.dumps(sampling).encode()], np.object_))
-            flags = []
-            for name in ("stream", "return_num_output_tokens"):
-                flags.append(grpc_aio.InferInput(name, [1], "BOOL"))
-                flags[-1].set_data_from_numpy(np.array([True]))
-
-            async def requests():
-                yield {
-                    "model_name": STREAM_MODEL,
-                    "inputs": [ids, parameters, *flags],
-                    "enable_empty_final_response": True,
-                }
-
             tokens = 0
-            async for result, error in client.stream_infer(requests()):
-                if error is not None:
-                    raise error
-                if len(result.get_response().outputs):
-                    tokens += int(result.as_numpy("num_output_tokens")[0])
-                if result.get_response().parameters["triton_final_response"].bool_param:
-                    break
+            async with session.post(url, json=body | {"input_ids": prompt}) as response:
+                async for line in response.content:
+                    if line.startswith((b"data:", b"{")):  # an error may come without being an event
+                        answer = json.loads(line.removeprefix(b"data:"))
+                        if "error" in answer:
+                            raise RuntimeError(f"a stream ended with: {answer['error']}")
+                        tokens += answer["num_output_tokens"]
             return tokens
 
         started = time.perf_counter()
@@ -177,7 +168,7 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
             ).prompts(ours.engine.vocab_size)
             engine_s = ours.run(prompts, work.new_tokens).seconds
             processors = ProcessorTimes()
-            server_s = asyncio.run(stream_all(server.grpc, prompts, work.new_tokens))
+            server_s = asyncio.run(stream_all(server.http, prompts, work.new_tokens))
             shares = processors.shares()
             if number:
                 pairs.append(

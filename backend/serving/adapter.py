@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
@@ -96,7 +97,7 @@ class MoeLlmModel:
             self._client.close()
             raise
         rate = config.max_responses_per_s or RESPONSES_PER_S_AND_CORE * (os.cpu_count() or 1)
-        self._outbox: Outbox[LiveRequest] = Outbox(self._deliver, rate)
+        self._outbox: Outbox[LiveRequest] = Outbox(self._deliver, rate, attrgetter("last_sent_s"))
         self._metrics = Metrics(self._pb_utils, self._name, version, engine_wide=self._name == ENGINE_MODEL)
         self._lengths = PromptLengths()
         self._canceller = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)

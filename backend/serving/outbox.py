@@ -2,8 +2,9 @@
 
 Handing one response to Triton costs about 250 µs of processor time, and as much again in the server and a client beside it,
 so a response per token would take the processors from the engine. The outbox bounds responses per second; a request that waits
-for its turn collects tokens meanwhile. Turns come in bunches: several responses back to back cost a sixth to a quarter less
-each, since stub, server and client wake up once for all of them. First tokens and final responses never wait.
+for its turn collects tokens meanwhile. Turns come in bunches: of several responses back to back each costs less, since stub,
+server and client wake up once for all of them, and they push the engine off its cores once. First tokens and final responses
+never wait.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -19,28 +20,37 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Responses that may go out back to back after a pause, in seconds of the allowed rate. A bunch is no larger, nor larger
-#: than what waits when the allowance has run out: each item gets its turn as often as if they went one by one.
-_BURST_S = 0.1
+#: Responses that may go out back to back after a pause, in seconds of the allowed rate.
+_BURST_S = 0.05
+#: Once the allowance is used up, it grows for so long before the next responses go, together.
+_BUNCH_S = 0.03
 
 
 class Outbox(Generic[T]):
     """Calls `deliver(item)` from its own thread: urgent items at once, the others in turn at `max_per_s` at most.
 
-    Items are hashable. An item waits at most once: marking it again while it waits changes nothing but its urgency.
+    Turns go to the item whose `last_served(item)`, in seconds, is the longest ago. Items are hashable. An item waits at most
+    once: marking it again while it waits changes nothing but its urgency.
     """
 
-    def __init__(self, deliver: Callable[[T], None], max_per_s: float, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        deliver: Callable[[T], None],
+        max_per_s: float,
+        last_served: Callable[[T], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._deliver = deliver
+        self._last_served = last_served
         self._rate = max_per_s
         self._burst = max(1.0, max_per_s * _BURST_S)
         self._clock = clock
         self._allowance = self._burst
         self._refilled_s = clock()
-        #: Until then nothing goes but what is urgent: the allowance grows for a bunch.
+        #: Until then nothing goes but what is urgent.
         self._resume_s = self._refilled_s
         self._urgent: deque[T] = deque()
-        self._waiting: OrderedDict[T, None] = OrderedDict()
+        self._waiting: dict[T, None] = {}
         self._condition = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
@@ -82,11 +92,13 @@ class Outbox(Generic[T]):
         if now < self._resume_s:
             return None, self._resume_s - now
         if self._allowance < 1.0:
-            bunch = min(float(len(self._waiting)), self._burst)
-            self._resume_s = now + (bunch - self._allowance) / self._rate
-            return None, self._resume_s - now
+            pause_s = max(_BUNCH_S, (1.0 - self._allowance) / self._rate)
+            self._resume_s = now + pause_s
+            return None, pause_s
         self._allowance -= 1.0
-        item, _ = self._waiting.popitem(last=False)
+        # Not by when they were marked: those of one step are marked together, always in the same order.
+        item = min(self._waiting, key=self._last_served)
+        del self._waiting[item]
         return item, 0.0
 
     def _run(self) -> None:

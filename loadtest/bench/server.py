@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import time
 
@@ -21,6 +20,7 @@ from loadtest.bench import options
 from loadtest.bench.budget import Budget
 from loadtest.bench.engine import sizes_for
 from loadtest.bench.our_engine import OurEngine
+from loadtest.bench.streams import STREAMS
 from loadtest.bench.workload import Workload, machine, write_json
 
 #: A GPU's engine compiles its kernels first.
@@ -34,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_workload(parser)
     options.add_place(parser)
     options.add_runs(parser, 3)
+    parser.add_argument("--protocol", choices=sorted(STREAMS), default="http", help="of the streams (default http)")
     options.add_budget(parser)
     options.add_output(parser)
 
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         dtype=args.dtype,
         device=args.device,
         runs=args.runs,
+        protocol=args.protocol,
         budget=Budget(args.budget),
     )
     console.print(table(result, checkpoint))
@@ -107,45 +109,18 @@ class ProcessorTimes:
         return seconds
 
 
-async def stream_all(http: str, prompts: list[list[int]], new_tokens: int) -> float:
-    """Seconds from the first request to the last response of all streams, server-sent events: a gRPC stream costs its
-
-    client twice as much for each response, and the client has its part of the processors, too.
-    """
-    # Not at the top: the other benchmarks run where no client is installed.
-    import aiohttp
-
-    from loadtest.clients import STREAM_MODEL
-
-    sampling = json.dumps({"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True})
-    body = {"sampling_parameters": sampling, "stream": True, "return_num_output_tokens": True}
-    url = f"http://{http}/v2/models/{STREAM_MODEL}/generate_stream"
-    # No limits: streams last as long as they last, all at once.
-    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-
-        async def one(prompt: list[int]) -> int:
-            tokens = 0
-            async with session.post(url, json=body | {"input_ids": prompt}) as response:
-                async for line in response.content:
-                    if line.startswith((b"data:", b"{")):  # an error may come without being an event
-                        answer = json.loads(line.removeprefix(b"data:"))
-                        if "error" in answer:
-                            raise RuntimeError(f"a stream ended with: {answer['error']}")
-                        tokens += answer["num_output_tokens"]
-            return tokens
-
-        started = time.perf_counter()
-        counts = await asyncio.gather(*(one(prompt) for prompt in prompts))
-        elapsed = time.perf_counter() - started
-    if counts != [new_tokens] * len(prompts):
-        raise RuntimeError(f"streams brought {counts} tokens instead of {new_tokens} each")
-    return elapsed
-
-
-def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, budget: Budget | None = None) -> dict:
+def run(
+    *,
+    checkpoint: str,
+    work: Workload,
+    dtype: str,
+    device: str,
+    runs: int,
+    protocol: str = "http",
+    budget: Budget | None = None,
+) -> dict:
     """Output tokens per second of both, their ratio run by run; at least one run, further ones while the budget lasts."""
-    budget = budget or Budget()
+    budget, streams = budget or Budget(), STREAMS[protocol]
     parameters = {
         "checkpoint": checkpoint,
         "dtype": dtype,
@@ -168,7 +143,7 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
             ).prompts(ours.engine.vocab_size)
             engine_s = ours.run(prompts, work.new_tokens).seconds
             processors = ProcessorTimes()
-            server_s = asyncio.run(stream_all(server.http, prompts, work.new_tokens))
+            server_s = asyncio.run(streams(server, prompts, work.new_tokens))
             shares = processors.shares()
             if number:
                 pairs.append(
@@ -184,6 +159,7 @@ def run(*, checkpoint: str, work: Workload, dtype: str, device: str, runs: int, 
     return {
         **medians,
         "processor_share": share,
+        "protocol": protocol,
         "workload": work,
         "settings": parameters,
         "machine": machine(),

@@ -19,6 +19,7 @@ import pytest
 
 from backend.serving.launch_client import RunningServer
 from backend.serving.triton_server import PRODUCT_ROOT
+from loadtest.bench.streams import STREAMS
 from loadtest.clients import Clients
 from loadtest.load_spec import build_schedule
 from loadtest.open_loop import send_open_loop
@@ -216,3 +217,11 @@ def test_a_locust_test_that_is_ended_early_writes_what_was_sent(server: RunningS
     assert all("stopped before" in record.error for record in records if record.outcome == "failed")
     assert json.loads(path.with_suffix(".summary.json").read_text())["valid"] is False
     wait_idle(server)
+
+
+@pytest.mark.parametrize("protocol", sorted(STREAMS))
+def test_the_benchmarks_streams_bring_every_token_or_say_why_not(server: RunningServer, protocol: str) -> None:
+    prompts = [[5, 6, 7], [8, 9]]
+    assert asyncio.run(STREAMS[protocol](server, prompts, 4)) > 0
+    with pytest.raises(Exception, match="input_ids must be"):
+        asyncio.run(STREAMS[protocol](server, [[5, 10**6]], 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 from backend.elastic.cost_model import CostModel
 from backend.elastic.functions import GB, WARM, ExpertFunctions
@@ -19,7 +20,9 @@ _PEAK_MEMORY_S = 1.0
 #: Share of a large step's assignments that a usual one is taken to have before anything was served.
 _USUAL = 0.1
 #: Large steps on which a plan is tried, and how large they are, as a share of the largest recent one.
-_RECENT, _LARGE = 8, 0.5
+_RECENT, _LARGE = 24, 0.5
+#: Fewer steps say nothing of how much a plan saves.
+_LEAST_RECENT = 4
 #: Expected assignments in a step below which an expert counts as idle; with united experts to fall back on, rarer ones do.
 _IDLE, _IDLE_WITH_UNITED = 0.01, 0.5
 
@@ -115,6 +118,8 @@ class ElasticPolicy:
         self._shares = [old + weight * (load / total - old) for old, load in zip(self._shares, loads, strict=True)]
         fading = math.exp((self._largest_at - now) / _PEAK_MEMORY_S)
         self._largest, self._largest_at = max(total, self._largest * fading), now
+        if not self.united:
+            self._keep(loads, now)
         if now >= self._next_plan_at:
             # Which experts to keep is a matter of this step, how many copies and where of the steps that last longest.
             usual = total / self._largest
@@ -185,6 +190,7 @@ class ElasticPolicy:
         self._planned = frozenset(expert for expert, load in enumerate(loads) if load)
         if self._suffices(loads, frozenset(self.functions.copies())):
             return
+        self._next_plan_at = now + self.options.replan_s
         plan = self._make_plan(loads, usual)
         if not self._shortens(plan.copies):
             return
@@ -192,7 +198,7 @@ class ElasticPolicy:
         begin = now + self.cost.planning_s
         self._load(sorted(plan.copies), begin)
         # Transfers take at most about half of the links' time: the rest is for experts that a step waits for.
-        self._next_plan_at = now + max(self.options.replan_s, 2 * (self.links.free_at() - begin))
+        self._next_plan_at = max(self._next_plan_at, now + 2 * (self.links.free_at() - begin))
 
     def _make_plan(self, loads: Sequence[float], usual: float) -> Placement:
         room = sum(self.functions.capacity)
@@ -216,23 +222,39 @@ class ElasticPolicy:
         return service.seconds <= sum(service.busy) / self.devices * (1 + self.options.unrest)
 
     def _shortens(self, copies: frozenset[Copy]) -> bool:
-        """Whether the last large steps would have been shorter with these copies; so if an active expert has none yet."""
+        """Whether these copies would have shortened the last large steps, beyond what chance explains.
+
+        The mean of what each step saves must exceed its standard error so many times as the options say: the steps differ,
+        and a plan that is better on a few of them by chance is worth no moves. Always so if an active expert has no copy yet.
+        """
         present = frozenset(self.functions.copies())
         if not {expert for expert, _ in copies} <= {expert for expert, _ in present}:
             return True
-        return self._seconds(copies) < self._seconds(present) * (1 - self.options.gain)
+        if len(self._recent) < _LEAST_RECENT:
+            return False
+        saved = [old - new for old, new in zip(self._seconds(present), self._seconds(copies), strict=True)]
+        return fmean(saved) > self.options.confidence * stdev(saved) / math.sqrt(len(saved))
 
-    def _seconds(self, copies: frozenset[Copy]) -> float:
-        """Of the last large steps, served by these copies as far as they have any."""
+    def _seconds(self, copies: frozenset[Copy]) -> list[float]:
+        """Of each of the last large steps, the exchange of tokens included, served by these copies as far as they have any."""
         table: list[list[int]] = [[] for _ in range(self.num_experts)]
         for expert, device in copies:
             table[expert].append(device)
-        total = 0.0
+        seconds = []
         for loads in self._recent:
             service = Service(self.devices)
             service.run([load if held else 0.0 for load, held in zip(loads, table, strict=True)], table, self.cost)
-            total += service.seconds
-        return total
+            seconds.append(service.seconds + self.cost.exchange_seconds(service.assignments))
+        return seconds
+
+    def _keep(self, loads: Sequence[float], now: float) -> None:
+        """The only copy of an expert that this step expects, or large ones do, is not idle: it would soon be loaded again."""
+        functions = self.functions
+        functions.expire(now)
+        for expert, (load, share) in enumerate(zip(loads, self._shares, strict=True)):
+            held = functions.warm_devices(expert)
+            if len(held) == 1 and max(load, share * self._largest) >= _IDLE:
+                functions.use([(expert, held[0])], now)
 
     def _fetch(self, loads: Sequence[float], now: float) -> None:
         """Load one copy of each expected expert that has none, heaviest first, where there is most room."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from math import comb, prod
+from math import comb
 
 
-def number_of_placements(counts: Sequence[int], devices: int) -> int:
-    """Ways to choose devices for `counts` [E] copies of each expert, whether they fit or not."""
-    return prod(comb(devices, count) for count in counts)
+def placements_within(limit: int, counts: Sequence[int], devices: int) -> bool:
+    """Whether there are at most `limit` ways to choose devices for `counts` [E] copies of each expert, fitting or not."""
+    number = 1
+    for count in counts:
+        number *= comb(devices, count)
+        if number > limit:
+            return False
+    return True
 
 
 def fewest_moves(

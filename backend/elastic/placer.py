@@ -13,10 +13,11 @@ no relocation and no swap of two copies saves a move.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from backend.elastic.fewest_moves import fewest_moves, number_of_placements
+from backend.elastic.fewest_moves import fewest_moves, placements_within
 from backend.elastic.matching import cheapest_assignment
 
 #: Moves and swaps tried on a candidate at most; a few suffice, and the bound keeps planning time bounded.
@@ -71,7 +72,7 @@ def place(
     usable = sum(room > 0 for room in capacity)
     wanted = [min(count, usable) for count in replicas]
     costs = list(map(float, replica_costs))
-    order = sorted((e for e in range(len(wanted)) if wanted[e]), key=lambda e: (-costs[e], e))
+    order = sorted((e for e, count in enumerate(wanted) if count), key=costs.__getitem__, reverse=True)
     warm_of: list[list[int]] = [[] for _ in wanted]
     for expert, device in sorted(warm):
         warm_of[expert].append(device)
@@ -99,30 +100,34 @@ class _Plan:
         self.capacity, self.costs, self.warm_of = capacity, costs, warm_of
         self.held: list[set[int]] = [set() for _ in capacity]
         self.loads = [0.0] * len(capacity)
+        #: [E] copies placed so far.
+        self.placed = [0] * len(costs)
         self.dropped = 0
 
     def keep_warm(self, order: list[int], wanted: list[int]) -> None:
         """Use warm copies, heaviest expert first, on the least loaded of its warm devices."""
         for expert in order:
-            for _ in range(min(wanted[expert], len(self.warm_of[expert]))):
-                free = [d for d in self.warm_of[expert] if self._takes(d, expert)]
-                if free:
-                    self._add(expert, min(free, key=lambda d: (self.loads[d], d)))
+            free = [d for d in self.warm_of[expert] if len(self.held[d]) < self.capacity[d]]
+            if len(free) > wanted[expert]:
+                free = sorted(free, key=self.loads.__getitem__)[: wanted[expert]]
+            for device in free:
+                self._add(expert, device)
 
     def fill(self, order: list[int], wanted: list[int]) -> None:
         """Place what is still missing by LPT."""
         for expert in order:
-            for _ in range(wanted[expert] - sum(expert in held for held in self.held)):
-                free = [d for d in range(len(self.held)) if self._takes(d, expert)]
+            warm = self.warm_of[expert]
+            for _ in range(wanted[expert] - self.placed[expert]):
+                free = self._free_for(expert)
                 if free:
-                    self._add(expert, min(free, key=lambda d: (self.loads[d], d not in self.warm_of[expert], d)))
+                    self._add(expert, min(free, key=lambda d: (self.loads[d], d not in warm)))
                 elif not self._make_room(expert):
                     self.dropped += 1
 
     def improve(self, target: float) -> None:
         """Move or swap copies of the busiest device until it carries at most `target` or nothing helps."""
         for _ in range(_MAX_IMPROVEMENTS):
-            busiest = max(range(len(self.loads)), key=lambda d: (self.loads[d], -d))
+            busiest = self.loads.index(max(self.loads))
             if self.loads[busiest] <= target * (1 + _EPSILON):
                 return
             change = self._best_change(busiest)
@@ -138,14 +143,13 @@ class _Plan:
     def save_moves(self) -> None:
         """Change to an equal plan with fewer moves, of a small layer with the fewest."""
         limit = max(self.loads, default=0.0) * (1 + _EPSILON)
-        self._bring_home(limit)
-        while self._may_save() and self._relabel():
-            self._bring_home(limit)
-        if not self._may_save():
+        if self._bring_home(limit):
             return
-        counts = [sum(expert in held for held in self.held) for expert in range(len(self.costs))]
-        if number_of_placements(counts, len(self.held)) <= SMALL:
-            self._set(fewest_moves(counts, self.costs, self.capacity, self.warm_of, limit))
+        while self._relabel():
+            if self._bring_home(limit):
+                return
+        if placements_within(SMALL, self.placed, len(self.held)):
+            self._set(fewest_moves(self.placed, self.costs, self.capacity, self.warm_of, limit))
 
     def _homeless(self) -> list[tuple[int, int, int]]:
         """(expert, device, home): a cold copy, and a device where the expert is warm that does not hold it."""
@@ -158,17 +162,19 @@ class _Plan:
             if expert not in self.held[home]
         ]
 
-    def _may_save(self) -> bool:
-        return bool(self._homeless())
+    def _bring_home(self, limit: float) -> bool:
+        """Move cold copies to where they are warm, alone or in exchange for another, until no such change saves a move.
 
-    def _bring_home(self, limit: float) -> None:
-        """Move cold copies to where they are warm, alone or in exchange for another, until no such change saves a move."""
-        changed = True
-        while changed:
+        True if none is left that is warm elsewhere, so that no equal plan moves less.
+        """
+        while homeless := self._homeless():
             changed = False
-            for expert, device, home in self._homeless():
+            for expert, device, home in homeless:
                 if expert in self.held[device] and expert not in self.held[home]:
                     changed |= self._exchange(expert, device, home, limit)
+            if not changed:
+                return False
+        return True
 
     def _exchange(self, expert: int, device: int, home: int, limit: float) -> bool:
         """Move a cold copy home if that saves a move; another may leave for its device, or for a third one with room."""
@@ -206,19 +212,16 @@ class _Plan:
 
     def _relabel(self) -> bool:
         """Give each bundle of copies to the device where most of it is warm; devices too small for it are out."""
-        size = len(self.held)
-        impossible = sum(map(len, self.held)) + 1
-        cost = [
-            [
-                sum(device not in self.warm_of[e] for e in self.held[bundle])
-                if len(self.held[bundle]) <= self.capacity[device]
-                else impossible
-                for device in range(size)
-            ]
-            for bundle in range(size)
-        ]
+        impossible = 2 * sum(self.placed) + 1
+        cost = []
+        for held in self.held:
+            cold = [len(held) if len(held) <= room else impossible for room in self.capacity]
+            for expert in held:
+                for device in self.warm_of[expert]:
+                    cold[device] -= 1
+            cost.append(cold)
         chosen = cheapest_assignment(cost)
-        if sum(cost[b][chosen[b]] for b in range(size)) >= self.moves():
+        if sum(cost[b][d] for b, d in enumerate(chosen)) >= sum(cost[d][d] for d in range(len(cost))):
             return False
         held, loads = list(self.held), list(self.loads)
         for bundle, device in enumerate(chosen):
@@ -239,56 +242,63 @@ class _Plan:
         dropped = sum(replicas) - sum(map(len, devices))
         return Placement(tuple(map(tuple, devices)), loads, self.moves(), dropped)
 
-    def _takes(self, device: int, expert: int) -> bool:
-        held = self.held[device]
-        return len(held) < self.capacity[device] and expert not in held
+    def _free_for(self, expert: int) -> list[int]:
+        """Ascending devices that have room for another copy of the expert."""
+        return [d for d, held in enumerate(self.held) if len(held) < self.capacity[d] and expert not in held]
 
     def _add(self, expert: int, device: int) -> None:
         self.held[device].add(expert)
         self.loads[device] += self.costs[expert]
+        self.placed[expert] += 1
 
     def _remove(self, expert: int, device: int) -> None:
         self.held[device].remove(expert)
         self.loads[device] -= self.costs[expert]
+        self.placed[expert] -= 1
 
     def _make_room(self, expert: int) -> bool:
         """Place a replica although only devices that hold the expert have room: another copy moves there.
 
         With devices of one size there always is such a copy: a full device holds more than one with room.
         """
-        for full in sorted(range(len(self.held)), key=lambda d: (self.loads[d], d)):
+        for full in sorted(range(len(self.held)), key=self.loads.__getitem__):
             if expert in self.held[full]:
                 continue
             for other in sorted(self.held[full], key=lambda e: (self.costs[e], e)):
-                free = [d for d in range(len(self.held)) if self._takes(d, other)]
+                free = self._free_for(other)
                 if free:
                     self._remove(other, full)
-                    self._add(other, min(free, key=lambda d: (self.loads[d], d)))
+                    self._add(other, min(free, key=self.loads.__getitem__))
                     self._add(expert, full)
                     return True
         return False
 
     def _best_change(self, busiest: int) -> tuple[int, int, int | None] | None:
         """(expert to give away, device, expert taken in return) with the smallest larger load; None if nothing helps."""
-        top, best = self.loads[busiest], None
+        top, mine, costs, best = self.loads[busiest], self.held[busiest], self.costs, None
         limit = top * (1 - _EPSILON)
-        givers = sorted(self.held[busiest], key=lambda e: (self.costs[e], e))
-        for device, load in enumerate(self.loads):
-            if load >= limit:
+        givers = sorted(sorted(mine), key=costs.__getitem__)
+        cheapest = costs[givers[0]]
+        # Lightest device first: what it takes off soon rules the others out.
+        for device in sorted(range(len(self.loads)), key=self.loads.__getitem__):
+            load, held = self.loads[device], self.held[device]
+            room, half = len(held) < self.capacity[device], (top - load) / 2
+            # No swap leaves both devices lighter than their mean.
+            if load + half >= limit and not (room and load + cheapest < limit):
                 continue
-            held = self.held[device]
-            room = len(held) < self.capacity[device]
-            takers = [e for e in sorted(held) if e not in self.held[busiest]]
+            # Of experts that cost the same the first one.
+            takers = {costs[e]: e for e in sorted(held, reverse=True) if e not in mine}
+            prices = sorted(takers)
             for expert in givers:
                 if expert in held:
                     continue
-                cost = self.costs[expert]
+                cost = costs[expert]
                 if room and load + cost < limit:
                     limit, best = load + cost, (expert, device, None)
-                for other in takers:
-                    gain = cost - self.costs[other]
-                    if gain > 0:
-                        larger = max(top - gain, load + gain)
-                        if larger < limit:
-                            limit, best = larger, (expert, device, other)
+                # The best swap gives away half of the difference; beside it are the prices just below and not below.
+                at = bisect_left(prices, cost - half)
+                if at and load + cost - prices[at - 1] < limit:
+                    limit, best = load + cost - prices[at - 1], (expert, device, takers[prices[at - 1]])
+                if at < len(prices) and prices[at] < cost and top - cost + prices[at] < limit:
+                    limit, best = top - cost + prices[at], (expert, device, takers[prices[at]])
         return best

@@ -29,9 +29,9 @@ class ElasticOptions:
     straggler_factor: float = 0.125
     #: Relative imbalance that a plan may leave (`place`), and that of the copies in memory which is worth another plan.
     tolerance: float = 0.03
-    unrest: float = 0.2
-    #: Share by which a plan must shorten the last large steps.
-    gain: float = 0.05
+    unrest: float = 0.1
+    #: Standard errors of the mean by which a plan must shorten the last large steps.
+    confidence: float = 2.0
     use_predictor: bool = True
     use_scaler: bool = True
     use_placer: bool = True

@@ -90,6 +90,7 @@ def _windows_table(windows: dict, count: int) -> Table:
         "layer p99": "layer_ms_p99",
         "layer mean": "layer_ms_mean",
         "e2e p50": "e2e_ms_p50",
+        "e2e p99": "e2e_ms_p99",
         "GB·s": "cost_gb_s",
         "GB·s while running": "execution_gb_s",
     }

@@ -118,14 +118,28 @@ def test_a_plan_is_made_only_if_the_last_large_steps_would_have_been_shorter_wit
     policy = ElasticPolicy(4, [3, 3], cost, options, Links(2, cost, 1.0))
     policy.functions.commit(policy.functions.prepare([(0, 0), (1, 0), (2, 1), (3, 1)], 0.0), 0.0)
     even, skewed = [1e6, 1e6, 1e6, 1e6], [1e6, 1e6, 1e3, 1e3]
-    policy.expect(even, 1.0)
-    policy.serve(even, 1.5)
-    policy.expect(skewed, 2.0)
+    for step in range(1, 6):
+        policy.expect(even, float(step))
+        policy.serve(even, step + 0.5)
+    policy.expect(skewed, 6.0)
     assert policy.plans == 0, "skew is predicted, but no step has suffered from it"
-    policy.serve(skewed, 2.5)
-    policy.expect(skewed, 3.0)
-    policy.expect(skewed, 4.0)
+    policy.serve(skewed, 6.5)
+    policy.expect(skewed, 7.0)
+    assert policy.plans == 0, "one step of six may be chance"
+    for step in range(8, 12):
+        policy.serve(skewed, step - 0.5)
+        policy.expect(skewed, float(step))
     assert policy.plans > 0 and policy.functions.warm_devices(0) != policy.functions.warm_devices(1)
+
+
+def test_the_only_copy_of_an_expert_that_is_expected_does_not_expire():
+    policy = ElasticPolicy(4, [2, 2], COST, ElasticOptions(keep_alive_s=2.0), Links(2, COST, 1.0))
+    policy.functions.commit(policy.functions.prepare([(0, 0), (1, 1), (2, 0)], 0.0), 0.0)
+    for step in range(1, 6):
+        policy.expect([9.0, 0.5, 0.0, 0.0], float(step))
+        policy.serve([9, 0, 0, 0], step + 0.5)
+    assert {expert for expert, _ in policy.functions.copies()} == {0, 1}
+    assert policy.functions.telemetry(5.5).loads == 3, "expert 1 was never loaded again"
 
 
 def test_copies_share_an_experts_load_only_as_far_as_it_pays():

@@ -1,91 +1,137 @@
-"""From a schedule to the tensors of one forward pass."""
+"""From schedules to the tensors of forward passes."""
 
 from __future__ import annotations
 
 from array import array
-from operator import getitem
+from collections.abc import Iterable
+from operator import is_
 
 import numpy as np
 import torch
 
-from backend.engine.request import NEVER
+from backend.engine.request import NEVER, Sequence
 from backend.engine.scheduler import Schedule
 from backend.kernels.transfer import to_device
 from backend.models.forward_batch import ForwardBatch
 
 
-def build_batch(
-    schedule: Schedule, block_size: int, device: torch.device, previous: torch.Tensor | None = None
-) -> ForwardBatch:
-    """Lay the scheduled tokens end to end; see ForwardBatch for shapes.
+class BatchBuilder:
+    """Makes the batches of successive steps.
 
-    Logits are wanted for the last token of each sequence whose known tokens are all computed by this step. A schedule made
-    ahead takes its input from `previous` [R] int64, the tokens that the step before it chose, on the device.
+    What does not change while a sequence runs is kept from one batch to the next, a row for each of the last batch's
+    sequences: above all its block table, to which only new blocks are added. A row belongs to a `Sequence.blocks`, which
+    only grows; a sequence that comes back after a preemption has another one.
     """
-    sequences, num_tokens, ahead = schedule.sequences, schedule.num_tokens, schedule.previous_rows
-    num_sequences, num_decodes = len(sequences), schedule.num_decodes
-    counts = _integers(num_tokens)
-    tokens = [sequence.tokens for sequence in sequences]
-    computed = [sequence.num_computed for sequence in sequences]
-    starts, known = _integers(computed), _integers(list(map(len, tokens)))
-    query_start = np.zeros(num_sequences + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    context_lens = starts + counts
 
-    if ahead is None:
-        token_ids = list(map(getitem, tokens[:num_decodes], computed))
-        for i in range(num_decodes, num_sequences):
-            token_ids += tokens[i][computed[i] : computed[i] + num_tokens[i]]
-    else:
-        token_ids, known = ahead, known + 1  # where they will be
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size, self._device = block_size, device
+        self._blocks: list[array] = []
+        #: [S, places] the same blocks, and [S] how many of each row are filled in; the others are 0.
+        self._tables = np.zeros((0, 0), np.int32)
+        self._filled = np.zeros(0, np.int64)
+        #: [S] prompt tokens, and what is added to the class of the tokens.
+        self._prompts = np.zeros(0, np.int64)
+        self._never = np.zeros(0, np.int8)
 
-    # All tables end to end, then each to the beginning of its row.
-    tables = [sequence.blocks for sequence in sequences]
-    lengths = _integers(list(map(len, tables)))
-    block_tables = np.zeros((num_sequences, int(lengths.max())), np.int32)
-    block_tables[np.arange(block_tables.shape[1]) < lengths[:, None]] = np.frombuffer(b"".join(tables), np.int32)
+    def build(self, schedule: Schedule, previous: torch.Tensor | None = None) -> ForwardBatch:
+        """Lay the scheduled tokens end to end; see ForwardBatch for shapes.
 
-    if num_decodes == num_sequences:
-        rows, positions = np.arange(num_sequences), starts
-    else:
-        rows = np.repeat(np.arange(num_sequences), counts)  # [T] the sequence of each token
-        positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
-    kv_slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
+        A schedule made ahead takes its input from `previous` [R] int64, the tokens that the step before it chose, on the
+        device.
+        """
+        sequences, num_decodes, ahead = schedule.sequences, schedule.num_decodes, schedule.previous_rows
+        num_sequences = len(sequences)
+        computed = [sequence.num_computed for sequence in sequences]
+        starts, counts = _integers(computed), _integers(schedule.num_tokens)
+        context_lens = starts + counts
+        self._follow(sequences)
+        self._add_blocks(context_lens)
 
-    # Sequence.token_class of all at once.
-    prompts = _integers([sequence.num_prompt for sequence in sequences])
-    classes = ((counts == 1) & (starts >= prompts)).astype(np.int8)
-    never = [sequence.never_browned for sequence in sequences]
-    if any(never):
-        classes[never] += NEVER
-    logit_rows = query_start[1:][context_lens == known] - 1
+        if num_decodes == num_sequences:
+            query_start = np.arange(num_sequences + 1, dtype=np.int32)
+            rows, positions = np.arange(num_sequences), starts
+        else:
+            query_start = np.zeros(num_sequences + 1, np.int32)
+            np.cumsum(counts, out=query_start[1:])
+            rows = np.repeat(np.arange(num_sequences), counts)  # [T] the sequence of each token
+            positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
+        block_size = self._block_size
+        kv_slots = self._tables[rows, positions // block_size] * block_size + positions % block_size
+        # Sequence.token_class of all at once.
+        classes = ((counts == 1) & (starts >= self._prompts)).astype(np.int8) + self._never
+        logit_rows = query_start[1:].astype(np.int64) - 1
 
-    ids, *tensors = to_device(
-        [
-            _integers(token_ids),
-            positions,
-            kv_slots,
-            query_start,
-            context_lens.astype(np.int32),
-            block_tables,
-            logit_rows.astype(np.int64),
-            classes[rows],
-        ],
-        device,
-    )
-    if ahead is not None:
-        assert previous is not None
-        # Of a row that went wrong there is no token (-1), and nobody will look at what follows it.
-        ids = previous.index_select(0, ids).clamp_(min=0)
-    return ForwardBatch(
-        ids,
-        *tensors,
-        num_decodes=num_decodes,
-        query_lens=num_tokens,
-        context_lens_host=context_lens.tolist(),
-    )
+        ids, *tensors = to_device(
+            [
+                _integers(_next_tokens(schedule, computed) if ahead is None else ahead),
+                positions,
+                kv_slots,
+                query_start,
+                context_lens.astype(np.int32),
+                self._tables[:, : self._filled.max()].copy(),  # what a batch holds does not change afterwards
+                np.delete(logit_rows, schedule.partial) if schedule.partial else logit_rows,
+                classes[rows],
+            ],
+            self._device,
+        )
+        if ahead is not None:
+            assert previous is not None
+            # Of a row that went wrong there is no token (-1), and nobody will look at what follows it.
+            ids = previous.index_select(0, ids).clamp_(min=0)
+        return ForwardBatch(
+            ids,
+            *tensors,
+            num_decodes=num_decodes,
+            query_lens=schedule.num_tokens,
+            context_lens_host=context_lens.tolist(),
+        )
+
+    def _follow(self, sequences: list[Sequence]) -> None:
+        """Bring the rows into the order of these sequences: those of others go, new ones are empty."""
+        blocks = [sequence.blocks for sequence in sequences]
+        if len(blocks) == len(self._blocks) and all(map(is_, blocks, self._blocks)):
+            return
+        row_of = {id(known): row for row, known in enumerate(self._blocks)}
+        rows = _integers([row_of.get(id(wanted), -1) for wanted in blocks])
+        kept = rows >= 0
+        tables, filled = np.zeros((len(rows), self._tables.shape[1]), np.int32), np.zeros(len(rows), np.int64)
+        tables[kept], filled[kept] = self._tables[rows[kept]], self._filled[rows[kept]]
+        self._blocks, self._tables, self._filled = blocks, tables, filled
+        self._prompts = _integers([sequence.num_prompt for sequence in sequences])
+        self._never = NEVER * np.array([sequence.never_browned for sequence in sequences], np.int8)
+
+    def _add_blocks(self, context_lens: np.ndarray) -> None:
+        """Fill in the blocks of rows that lack some for so many tokens [S]."""
+        lacking = np.flatnonzero(self._filled * self._block_size < context_lens).tolist()
+        if not lacking:
+            return
+        longest = max(len(self._blocks[row]) for row in lacking)
+        places = self._tables.shape[1]
+        if longest > places:
+            # More than needed, so that a sequence that grows does not lead here with every block.
+            self._tables = np.pad(self._tables, ((0, 0), (0, longest + longest // 4 - places)))
+            places = self._tables.shape[1]
+        flat = memoryview(self._tables.reshape(-1))  # takes a few numbers far sooner than an array does
+        for row, filled in zip(lacking, self._filled[lacking].tolist(), strict=True):
+            blocks = self._blocks[row]
+            flat[row * places + filled : row * places + len(blocks)] = blocks[filled:]
+            self._filled[row] = len(blocks)
 
 
-def _integers(values: list[int]) -> np.ndarray:
+def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> ForwardBatch:
+    """A single batch; for successive ones see BatchBuilder."""
+    return BatchBuilder(block_size, device).build(schedule)
+
+
+def _next_tokens(schedule: Schedule, computed: list[int]) -> list[int]:
+    """The tokens to be computed, of which `computed` are already, sequence by sequence."""
+    sequences, num_decodes = schedule.sequences, schedule.num_decodes
+    token_ids = [sequence.tokens[n] for sequence, n in zip(sequences[:num_decodes], computed)]  # noqa: B905
+    for i in range(num_decodes, len(sequences)):
+        token_ids += sequences[i].tokens[computed[i] : computed[i] + schedule.num_tokens[i]]
+    return token_ids
+
+
+def _integers(values: Iterable[int]) -> np.ndarray:
     """[n] int64, writable; twice as fast as np.array."""
     return np.frombuffer(array("q", values), np.int64)

@@ -94,8 +94,12 @@ class BatchBuilder:
         row_of = {id(known): row for row, known in enumerate(self._blocks)}
         rows = _integers([row_of.get(id(wanted), -1) for wanted in blocks])
         kept = rows >= 0
-        tables, filled = np.zeros((len(rows), self._tables.shape[1]), np.int32), np.zeros(len(rows), np.int64)
-        tables[kept], filled[kept] = self._tables[rows[kept]], self._filled[rows[kept]]
+        filled = np.zeros(len(rows), np.int64)
+        filled[kept] = self._filled[rows[kept]]
+        # A long sequence that is gone leaves no wide tables behind.
+        places = min(self._tables.shape[1], 2 * int(filled.max()))
+        tables = np.zeros((len(rows), places), np.int32)
+        tables[kept] = self._tables[:, :places][rows[kept]]
         self._blocks, self._tables, self._filled = blocks, tables, filled
         self._prompts = _integers([sequence.num_prompt for sequence in sequences])
         self._never = NEVER * np.array([sequence.never_browned for sequence in sequences], np.int8)
@@ -106,11 +110,12 @@ class BatchBuilder:
         if not lacking:
             return
         longest = max(len(self._blocks[row]) for row in lacking)
-        places = self._tables.shape[1]
-        if longest > places:
+        if longest > self._tables.shape[1]:
             # More than needed, so that a sequence that grows does not lead here with every block.
-            self._tables = np.pad(self._tables, ((0, 0), (0, longest + longest // 4 - places)))
-            places = self._tables.shape[1]
+            wider = np.zeros((len(self._tables), longest + longest // 4), np.int32)
+            wider[:, : self._tables.shape[1]] = self._tables
+            self._tables = wider
+        places = self._tables.shape[1]
         flat = memoryview(self._tables.reshape(-1))  # takes a few numbers far sooner than an array does
         for row, filled in zip(lacking, self._filled[lacking].tolist(), strict=True):
             blocks = self._blocks[row]

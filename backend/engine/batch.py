@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from operator import is_
 
 import numpy as np
@@ -26,12 +25,10 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size, self._device = block_size, device
         self._blocks: list[array] = []
-        #: [S, places] the same blocks, and [S] how many of each row are filled in; the others are 0.
-        self._tables = np.zeros((0, 0), np.int32)
-        self._filled = np.zeros(0, np.int64)
-        #: [S] prompt tokens, and what is added to the class of the tokens.
-        self._prompts = np.zeros(0, np.int64)
-        self._never = np.zeros(0, np.int8)
+        #: [S, places] the same blocks; the rest of a row is 0. Both arrays have an empty row before there are sequences.
+        self._tables = np.zeros((1, 0), np.int32)
+        #: [S, 3] of each sequence the blocks that are filled in, its prompt tokens, and what is added to its tokens' class.
+        self._facts = np.zeros((1, 3), np.int64)
 
     def build(self, schedule: Schedule, previous: torch.Tensor | None = None) -> ForwardBatch:
         """Lay the scheduled tokens end to end; see ForwardBatch for shapes.
@@ -42,12 +39,13 @@ class BatchBuilder:
         sequences, num_decodes, ahead = schedule.sequences, schedule.num_decodes, schedule.previous_rows
         num_sequences = len(sequences)
         computed = [sequence.num_computed for sequence in sequences]
-        starts, counts = _integers(computed), _integers(schedule.num_tokens)
+        only_decodes = num_decodes == num_sequences
+        starts, counts = _integers(computed), 1 if only_decodes else _integers(schedule.num_tokens)
         context_lens = starts + counts
         self._follow(sequences)
         self._add_blocks(context_lens)
 
-        if num_decodes == num_sequences:
+        if only_decodes:
             query_start = np.arange(num_sequences + 1, dtype=np.int32)
             rows, positions = np.arange(num_sequences), starts
         else:
@@ -57,8 +55,8 @@ class BatchBuilder:
             positions = np.arange(len(rows)) + (starts - query_start[:-1])[rows]
         block_size = self._block_size
         kv_slots = self._tables[rows, positions // block_size] * block_size + positions % block_size
-        # Sequence.token_class of all at once.
-        classes = ((counts == 1) & (starts >= self._prompts)).astype(np.int8) + self._never
+        _, prompts, never = self._facts.T
+        classes = ((counts == 1) & (starts >= prompts)) + never  # Sequence.token_class of all at once
         logit_rows = query_start[1:].astype(np.int64) - 1
 
         ids, *tensors = to_device(
@@ -68,9 +66,9 @@ class BatchBuilder:
                 kv_slots,
                 query_start,
                 context_lens.astype(np.int32),
-                self._tables[:, : self._filled.max()].copy(),  # what a batch holds does not change afterwards
+                self._tables[:, : self._facts[:, 0].max()].copy(),  # what a batch holds does not change afterwards
                 np.delete(logit_rows, schedule.partial) if schedule.partial else logit_rows,
-                classes[rows],
+                classes[rows].astype(np.int8),
             ],
             self._device,
         )
@@ -93,34 +91,35 @@ class BatchBuilder:
             return
         row_of = {id(known): row for row, known in enumerate(self._blocks)}
         rows = _integers([row_of.get(id(wanted), -1) for wanted in blocks])
-        kept = rows >= 0
-        filled = np.zeros(len(rows), np.int64)
-        filled[kept] = self._filled[rows[kept]]
-        # A long sequence that is gone leaves no wide tables behind.
-        places = min(self._tables.shape[1], 2 * int(filled.max()))
-        tables = np.zeros((len(rows), places), np.int32)
-        tables[kept] = self._tables[:, :places][rows[kept]]
-        self._blocks, self._tables, self._filled = blocks, tables, filled
-        self._prompts = _integers([sequence.num_prompt for sequence in sequences])
-        self._never = NEVER * np.array([sequence.never_browned for sequence in sequences], np.int8)
+        facts, tables = self._facts[rows], self._tables[rows]
+        for row in np.flatnonzero(rows < 0).tolist():
+            facts[row] = 0, sequences[row].num_prompt, NEVER * sequences[row].never_browned
+            tables[row] = 0
+        self._blocks, self._facts, self._tables = blocks, facts, tables
 
     def _add_blocks(self, context_lens: np.ndarray) -> None:
         """Fill in the blocks of rows that lack some for so many tokens [S]."""
-        lacking = np.flatnonzero(self._filled * self._block_size < context_lens).tolist()
+        lacking = np.flatnonzero(self._facts[:, 0] * self._block_size < context_lens).tolist()
         if not lacking:
             return
-        longest = max(len(self._blocks[row]) for row in lacking)
-        if longest > self._tables.shape[1]:
-            # More than needed, so that a sequence that grows does not lead here with every block.
-            wider = np.zeros((len(self._tables), longest + longest // 4), np.int32)
-            wider[:, : self._tables.shape[1]] = self._tables
-            self._tables = wider
+        lengths = [len(self._blocks[row]) for row in lacking]
+        self._make_places(max(lengths))
         places = self._tables.shape[1]
         flat = memoryview(self._tables.reshape(-1))  # takes a few numbers far sooner than an array does
-        for row, filled in zip(lacking, self._filled[lacking].tolist(), strict=True):
-            blocks = self._blocks[row]
-            flat[row * places + filled : row * places + len(blocks)] = blocks[filled:]
-            self._filled[row] = len(blocks)
+        for row, filled, length in zip(lacking, self._facts[lacking, 0].tolist(), lengths, strict=True):
+            flat[row * places + filled : row * places + length] = self._blocks[row][filled:]
+        self._facts[lacking, 0] = lengths
+
+    def _make_places(self, needed: int) -> None:
+        """Widen the tables to so many places, or narrow them if they are far wider than any row needs."""
+        places = self._tables.shape[1]
+        needed = max(needed, int(self._facts[:, 0].max()))
+        if needed > places or 4 * needed < places:
+            # More than needed, so that a sequence that grows does not lead here with every block.
+            tables = np.zeros((len(self._tables), needed + needed // 4), np.int32)
+            kept = min(places, needed)
+            tables[:, :kept] = self._tables[:, :kept]
+            self._tables = tables
 
 
 def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> ForwardBatch:
@@ -137,6 +136,6 @@ def _next_tokens(schedule: Schedule, computed: list[int]) -> list[int]:
     return token_ids
 
 
-def _integers(values: Iterable[int]) -> np.ndarray:
+def _integers(values: list[int]) -> np.ndarray:
     """[n] int64, writable; twice as fast as np.array."""
     return np.frombuffer(array("q", values), np.int64)

@@ -4,8 +4,8 @@ python -m loadtest.overload --json results/overload/overload.json
 
 Starts a real Triton server, measures the capacity at full quality and the P90 latencies at 0.7 of it, and promises twice
 these. Against a server with early refusal and the controller beside it, it then sends open-loop loads of growing multiples
-of the capacity, the largest one last and followed by a calm time. Goodput: requests per second that were completed with the
-first token and the mean time between tokens within the promise.
+of the capacity, equally long, the largest one last and followed by a calm time. Goodput: requests per second that were
+completed with the first token and the mean time between tokens within the promise.
 """
 
 from __future__ import annotations
@@ -139,9 +139,8 @@ class Overload:
         results: list[LoadResult] = []
         with self._server(settings, "overload") as server, self._controller(server, slo):
             for number, load in enumerate(args.loads, 1):
-                last = number == len(args.loads)
-                seconds, calm_s = (args.seconds, _CALM_S) if last else (args.short_seconds, 0.0)
-                results.append(asyncio.run(self._load(server, slo, load, capacity, seconds, calm_s)))
+                calm_s = _CALM_S if number == len(args.loads) else 0.0
+                results.append(asyncio.run(self._load(server, slo, load, capacity, calm_s)))
                 self._console.print(
                     f"{load:g} × the capacity: {results[-1].goodput_rps:.1f} requests/s within the promise"
                 )
@@ -164,9 +163,9 @@ class Overload:
         async with Clients(server.http, server.grpc) as clients:
             return capacity, promise_of(await send_open_loop(base.numbered(), self._sender(clients, base)))
 
-    async def _load(
-        self, server: RunningServer, slo: Slo, load: float, capacity: float, seconds: float, calm_s: float
-    ) -> LoadResult:
+    async def _load(self, server: RunningServer, slo: Slo, load: float, capacity: float, calm_s: float) -> LoadResult:
+        # What runs at the end counts, but no more runs at the beginning: of a shorter load that would be a larger share.
+        seconds = self._args.seconds
         rates = f"base={_CALM * capacity},burst={load * capacity}"
         spec = f"step:{rates},start=0,end={seconds},duration={seconds + calm_s}"
         schedule = self._schedule(spec)
@@ -254,8 +253,7 @@ def parser() -> argparse.ArgumentParser:
         default=[1.0, 1.5, 2.0, 3.0],
         help="multiples of the capacity (default 1 1.5 2 3)",
     )
-    add("--seconds", type=float, default=60.0, help="of the last load (default 60)")
-    add("--short-seconds", type=float, default=20.0, help="of the others (default 20)")
+    add("--seconds", type=float, default=60.0, help="of every load (default 60)")
     add("--law", default="predictive", help="the controller's law (default predictive)")
     add("--slo-ttft", type=float, metavar="S", help="promise this instead, with --slo-itl")
     add("--slo-itl", type=float, metavar="S")

@@ -34,6 +34,17 @@ class EngineLoad:
         full = self.waiting > 0 and self.running > 0 and self.kv_usage_ratio >= _KV_FULL
         return min(self.running, self.max_running) if full else self.max_running
 
+    @property
+    def full_step(self) -> tuple[float, int]:
+        """Prefill and decode tokens of a step while all slots are taken, and a sequence starts whenever one finishes.
+
+        Who waits for a slot waits for such steps, also if there are free ones now: those before it will have taken them.
+        """
+        decodes = max(1, min(self.slots, self.max_batch_tokens - 1))
+        per_request = self.waiting_tokens / max(self.waiting, 1)
+        started = per_request * decodes / max(self.mean_output_tokens, 1)
+        return min(self.max_batch_tokens - decodes, started), decodes
+
 
 def first_token_s(
     model: StepModel,
@@ -55,10 +66,8 @@ def first_token_s(
     if rest:
         prefill = prefill + model.predict_s(rest, decodes, theta_prefill, theta_decode)
     to_finish = load.running + requests_ahead + 1 - load.slots
-    if to_finish <= 0 or load.mean_output_tokens <= 0 or decodes == 0:
+    if to_finish <= 0 or load.mean_output_tokens <= 0:
         return prefill
-    # While sequences finish and are replaced, a step has this much prefill besides the decodes.
-    per_request = load.waiting_tokens / max(load.waiting, 1)
-    beside = min(chunk, per_request * decodes / load.mean_output_tokens)
-    step = model.predict_s(beside, decodes, theta_prefill, theta_decode)
-    return np.maximum(prefill, to_finish * load.mean_output_tokens / decodes * step)
+    beside, full = load.full_step
+    step = model.predict_s(beside, full, theta_prefill, theta_decode)
+    return np.maximum(prefill, to_finish * load.mean_output_tokens / full * step)

@@ -16,6 +16,8 @@ from backend.demo.corpus import DOMAINS
 from backend.demo.families import FAMILIES, sample
 from backend.demo.tasks import FORMS, in_form, is_right
 from backend.demo.template import prompt_text
+from backend.demo.tokenizer import load_tokenizer
+from backend.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -96,14 +98,34 @@ def mean(values: dict[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def windows(data: Path, domain: str, number: int, length: int = 256) -> torch.Tensor | None:
-    """[number, length + 1] evenly spread stretches of a domain's held-out text; None if it has too little."""
-    path = data / f"{domain}.held_out.npy"
-    tokens = np.load(path).astype(np.int64) if path.is_file() else np.zeros(0, np.int64)
+def windows(
+    data: Path, domain: str, number: int, tokenizer: PreTrainedTokenizerFast, length: int = 256
+) -> torch.Tensor | None:
+    """[number, length + 1] evenly spread stretches of a domain's held-out text in tokens of `tokenizer`.
+
+    None if the folder has too little of it. Raises ConfigError if the folder has no tokenizer to read its tokens with.
+    """
+    tokens = held_out_tokens(data, domain, tokenizer)
     if len(tokens) <= length + 1:
         return None
     starts = np.linspace(0, len(tokens) - length - 1, min(number, len(tokens) // length), dtype=np.int64)
     return torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]))
+
+
+def held_out_tokens(data: Path, domain: str, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """A domain's held-out text in tokens [N] of `tokenizer`, which need not be that of the folder; empty without text."""
+    path = data / f"{domain}.held_out.npy"
+    if not path.is_file():
+        return np.zeros(0, np.int64)
+    try:
+        own = load_tokenizer(data)
+    except FileNotFoundError as error:
+        raise ConfigError(f"the texts cannot be read: {error}; backend.demo.prepare writes one") from None
+    tokens = np.load(path).astype(np.int64)
+    if own.to_str() == tokenizer.backend_tokenizer.to_str():
+        return tokens
+    text = own.decode(tokens.tolist(), skip_special_tokens=False)
+    return np.array(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
 
 @torch.no_grad()
@@ -115,7 +137,7 @@ def perplexity(checkpoint: Path, data: Path, number: int = 60) -> dict[str, dict
     model, tokenizer = load_transformers(checkpoint)
     results = {}
     for domain in DOMAINS:
-        rows = windows(data, domain, number)
+        rows = windows(data, domain, number, tokenizer)
         if rows is None:
             continue
         total, tokens, size = 0.0, 0, 0

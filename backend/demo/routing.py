@@ -32,7 +32,7 @@ class Routing:
         #: Inputs of the experts [layers, tokens, hidden] by domain; "questions" beside the text domains.
         self.inputs: dict[str, Tensor] = {}
         for domain in DOMAINS if data else ():
-            batch = windows(data, domain, rows)  # type: ignore[arg-type]
+            batch = windows(data, domain, rows, self.tokenizer)  # type: ignore[arg-type]
             if batch is not None:
                 self.inputs[domain] = self._run([row[:-1] for row in batch])
         self.inputs["questions"] = self._run(self._questions(rows * 16, random.Random(f"routing {seed}")))

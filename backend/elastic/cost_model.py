@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from backend.errors import ConfigError
 from backend.models.config import ModelConfig
 
-#: Constants of the hardware: bytes/s of device memory, FLOP/s of matmuls as kernels reach them, bytes/s per device between
-#: devices and from host memory.
+#: Assumed constants of the hardware: bytes/s of device memory, FLOP/s of matmuls as kernels reach them, bytes/s per device
+#: between devices and from host memory. Those of memory and matmuls can be replaced by measured ones (`kernel_fit`).
 HARDWARE: dict[str, dict[str, float]] = {
     # Copy bandwidth and 55 % of the bf16 matmul rate measured on one H200; NVLink 4 and PCIe 5 at about 85 % of nominal.
     "h200": {
@@ -36,13 +36,22 @@ HARDWARE: dict[str, dict[str, float]] = {
         "peer_bandwidth": 24e9,
         "host_bandwidth": 24e9,
     },
+    # Hosts of two cores, memory and matmul about as measured on such an AMD EPYC; 25 Gbit/s Ethernet at 85 % of nominal, weights
+    # from a disk.
+    "cpu": {
+        "memory_bandwidth": 30e9,
+        "matmul_rate": 250e9,
+        "peer_bandwidth": 2.7e9,
+        "host_bandwidth": 1e9,
+        "exchange_s": 100e-6,
+    },
 }
 _WEIGHT_BYTES = 2  # bfloat16
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of the parts of one layer. All constants are assumptions until they are measured where it matters."""
+    """Seconds of the parts of one layer. Constants are assumptions unless they come from measured kernels (`kernel_fit`)."""
 
     expert_bytes: float
     #: FLOP of one expert for one token.
@@ -59,6 +68,8 @@ class CostModel:
     matmul_rate: float
     peer_bandwidth: float
     host_bandwidth: float
+    #: Fixed time of the routed experts' kernels on a device; with graphs a part of `launch_s`.
+    experts_s: float = 0.0
     #: Fixed time of each of the two exchanges of tokens in a layer.
     exchange_s: float = 15e-6
     #: Fixed time of all kernel launches of a layer (small with graphs).

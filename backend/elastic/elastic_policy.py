@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 from backend.elastic.cost_model import CostModel
 from backend.elastic.functions import GB, WARM, ExpertFunctions
 from backend.elastic.placer import Copy, Placement
-from backend.elastic.policies import ElasticOptions, Service, plan_layer
+from backend.elastic.policies import ElasticOptions, Service, balanced_table, plan_layer
 from backend.elastic.united import split
 
 #: Assignments after which half of what is known of an expert's share has been replaced by newer steps.
-_MEMORY = 40_000.0
+_MEMORY = 100_000.0
 #: Seconds in which what is known of the largest step fades to 1 / e.
 _PEAK_MEMORY_S = 1.0
 #: Share of a large step's assignments that a usual one is taken to have before anything was served.
 _USUAL = 0.1
+#: Large steps on which a plan is tried, and how large they are, as a share of the largest recent one.
+_RECENT, _LARGE = 8, 0.5
 #: Expected assignments in a step below which an expert counts as idle; with united experts to fall back on, rarer ones do.
 _IDLE, _IDLE_WITH_UNITED = 0.01, 0.5
 
@@ -68,6 +71,8 @@ class ElasticPolicy:
         self._seen: Sequence[float] | None = None
         #: Assignments of the largest recent step, and when that was known.
         self._largest, self._largest_at = 0.0, 0.0
+        #: Loads [E] of the last large steps, which a plan has to shorten to be worth its moves.
+        self._recent: deque[Sequence[float]] = deque(maxlen=_RECENT)
         #: Experts that the last plan has; with united experts to fall back on, others are not used and expire.
         self._planned: frozenset[int] = frozenset()
         self._next_plan_at = 0.0
@@ -76,11 +81,18 @@ class ElasticPolicy:
         self.plans, self.misses = 0, 0
 
     def warm_up(self, loads: Sequence[float], assignments: float) -> None:
-        """Start warm at time 0, as deployed for earlier `loads` [E], with copies for a step of so many assignments."""
+        """Start warm at time 0, as deployed for earlier `loads` [E], with copies for a step of so many assignments.
+
+        Where memory is for all experts, and no ablation forbids it, they are the copies that periodic rebalancing starts with.
+        """
         total = sum(loads)
         self._shares = [load / total for load in loads]
         self._largest = assignments
-        plan = self._make_plan(self._worth_keeping(assignments), _USUAL)
+        roomy = sum(self.functions.capacity) >= self.num_experts
+        if roomy and self.options.use_scaler and self.options.use_placer and not self.united:
+            plan = balanced_table(loads, self.functions.capacity)
+        else:
+            plan = self._make_plan(self._worth_keeping(assignments), _USUAL)
         self.functions.commit(self.functions.prepare(sorted(plan.copies), 0.0), 0.0)
 
     def expect(self, predicted: Sequence[float] | None, now: float) -> None:
@@ -121,6 +133,8 @@ class ElasticPolicy:
             functions.warm_devices(expert) if not self.united or expert in self._planned else ()
             for expert in range(self.num_experts)
         ]
+        if sum(counts) >= _LARGE * self._largest:
+            self._recent.append(counts)
         missing = [expert for expert, count in enumerate(counts) if count and not table[expert]]
         service = Service(self.devices)
         used = service.run([count if table[expert] else 0 for expert, count in enumerate(counts)], table, self.cost)
@@ -151,7 +165,9 @@ class ElasticPolicy:
         """Smoothed loads [E] of a step with so many assignments, 0 for experts that are not worth their memory."""
         loads = [share * assignments for share in self._shares]
         if not self.united:
-            return [load if load >= _IDLE else 0.0 for load in loads]
+            # One that is rare, but was used within the keep-alive, must not be waited for when another's replica took its place.
+            alive = {expert for expert, _ in self.functions.copies()}
+            return [max(load, _IDLE) if load >= _IDLE or e in alive else 0.0 for e, load in enumerate(loads)]
         # United experts serve what is rare: enough experts are kept to carry θ of what original experts are asked for.
         kept, carried, needed = [0.0] * len(loads), 0.0, self.options.threshold * sum(loads)
         for expert in sorted(range(len(loads)), key=lambda e: (-loads[e], e)):
@@ -170,6 +186,8 @@ class ElasticPolicy:
         if self._suffices(loads, frozenset(self.functions.copies())):
             return
         plan = self._make_plan(loads, usual)
+        if not self._shortens(plan.copies):
+            return
         self.plans += 1
         begin = now + self.cost.planning_s
         self._load(sorted(plan.copies), begin)
@@ -195,8 +213,26 @@ class ElasticPolicy:
             return False
         service = Service(self.devices)
         service.run(loads, table, self.cost)
-        # Twice the tolerance of a new plan, or plans would flutter around it.
-        return service.seconds <= sum(service.busy) / self.devices * (1 + 2 * self.options.tolerance)
+        return service.seconds <= sum(service.busy) / self.devices * (1 + self.options.unrest)
+
+    def _shortens(self, copies: frozenset[Copy]) -> bool:
+        """Whether the last large steps would have been shorter with these copies; so if an active expert has none yet."""
+        present = frozenset(self.functions.copies())
+        if not {expert for expert, _ in copies} <= {expert for expert, _ in present}:
+            return True
+        return self._seconds(copies) < self._seconds(present) * (1 - self.options.gain)
+
+    def _seconds(self, copies: frozenset[Copy]) -> float:
+        """Of the last large steps, served by these copies as far as they have any."""
+        table: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for expert, device in copies:
+            table[expert].append(device)
+        total = 0.0
+        for loads in self._recent:
+            service = Service(self.devices)
+            service.run([load if held else 0.0 for load, held in zip(loads, table, strict=True)], table, self.cost)
+            total += service.seconds
+        return total
 
     def _fetch(self, loads: Sequence[float], now: float) -> None:
         """Load one copy of each expected expert that has none, heaviest first, where there is most room."""

@@ -63,7 +63,7 @@ def make_policies(name: str, work: Workload, setup: Setup) -> list[Policy]:
     if name in ("static_equal_memory", "eplb"):
         interval = setup.rebalance_s if name == "eplb" else None
         return [
-            StaticPolicy(balanced_table(loads, slots, devices).devices, slots, cost, devices, interval)
+            StaticPolicy(balanced_table(loads, capacity).devices, slots, cost, devices, interval)
             for loads in history(work)
         ]
     if name == "oracle":

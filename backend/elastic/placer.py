@@ -1,9 +1,14 @@
 """Placer: from replicas to devices, within memory, balanced, with few moves. Pure functions.
 
 Objective, in this order: every active expert is placed; no device holds more copies than fit; the busiest device is as
-light as the heuristic finds, within `tolerance`; the fewest copies are loaded that are not warm already. Two candidates are
-made: one that keeps warm copies and repairs the balance, and one from scratch by longest processing time first (LPT). Both
-are improved by moves and swaps, and the devices of the chosen plan are relabelled to fit the warm copies best.
+light as the heuristic finds, within `tolerance`; among equal plans, the fewest copies are loaded that are not warm already.
+*Equal* to a plan are those that have as many copies of each expert and whose busiest device is no heavier.
+
+Two candidates are made: one that keeps warm copies and repairs the balance, and one from scratch by longest processing time
+first (LPT). Both are improved by moves and swaps. Then the chosen one gives up moves: its devices are relabelled, and cold
+copies go where they are warm, as long as the busiest device gets no heavier. Fewest moves at a given balance is as hard as
+packing bins. A small layer (`SMALL`) is therefore searched exactly; in a larger one it is certain that no relabelling,
+no relocation and no swap of two copies saves a move.
 """
 
 from __future__ import annotations
@@ -11,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from backend.elastic.fewest_moves import fewest_moves, number_of_placements
 from backend.elastic.matching import cheapest_assignment
 
 #: Moves and swaps tried on a candidate at most; a few suffice, and the bound keeps planning time bounded.
 _MAX_IMPROVEMENTS = 16
+#: Layers with at most so many placements, feasible or not, get the fewest moves of all equal plans.
+SMALL = 1000
 #: Relative gain below which a change is rounding.
 _EPSILON = 1e-9
 
@@ -80,8 +88,7 @@ def place(
         fresh.improve(good)
         if fresh.dropped < best.dropped or max(best.loads) > max(fresh.loads) * (1 + tolerance):
             best = fresh
-    if best.moves():
-        best.relabel()
+    best.save_moves()
     return best.placement(replicas)
 
 
@@ -128,7 +135,76 @@ class _Plan:
                 self._add(other, busiest)
             self._add(expert, device)
 
-    def relabel(self) -> None:
+    def save_moves(self) -> None:
+        """Change to an equal plan with fewer moves, of a small layer with the fewest."""
+        limit = max(self.loads, default=0.0) * (1 + _EPSILON)
+        self._bring_home(limit)
+        while self._may_save() and self._relabel():
+            self._bring_home(limit)
+        if not self._may_save():
+            return
+        counts = [sum(expert in held for held in self.held) for expert in range(len(self.costs))]
+        if number_of_placements(counts, len(self.held)) <= SMALL:
+            self._set(fewest_moves(counts, self.costs, self.capacity, self.warm_of, limit))
+
+    def _homeless(self) -> list[tuple[int, int, int]]:
+        """(expert, device, home): a cold copy, and a device where the expert is warm that does not hold it."""
+        return [
+            (expert, device, home)
+            for device, held in enumerate(self.held)
+            for expert in sorted(held)
+            if device not in self.warm_of[expert]
+            for home in self.warm_of[expert]
+            if expert not in self.held[home]
+        ]
+
+    def _may_save(self) -> bool:
+        return bool(self._homeless())
+
+    def _bring_home(self, limit: float) -> None:
+        """Move cold copies to where they are warm, alone or in exchange for another, until no such change saves a move."""
+        changed = True
+        while changed:
+            changed = False
+            for expert, device, home in self._homeless():
+                if expert in self.held[device] and expert not in self.held[home]:
+                    changed |= self._exchange(expert, device, home, limit)
+
+    def _exchange(self, expert: int, device: int, home: int, limit: float) -> bool:
+        """Move a cold copy home if that saves a move; another may leave for its device, or for a third one with room."""
+        cost, held = self.costs[expert], self.held[home]
+        load = self.loads[home] + cost
+        if load <= limit and len(held) < self.capacity[home]:
+            self._remove(expert, device)
+            self._add(expert, home)
+            return True
+        surplus = load - limit
+        left = self.loads[device] - cost
+        others = [
+            d for d in range(len(self.held)) if d != home and d != device and len(self.held[d]) < self.capacity[d]
+        ]
+        for other in sorted(held):
+            given = self.costs[other]
+            if given < surplus:
+                continue
+            # One move is saved by the expert; the other must not lose it again.
+            warm = self.warm_of[other]
+            stays_warm = home not in warm
+            for target in (device, *others):
+                new_load = given + (left if target == device else self.loads[target])
+                if new_load <= limit and (stays_warm or target in warm) and other not in self.held[target]:
+                    self._remove(expert, device)
+                    self._remove(other, home)
+                    self._add(expert, home)
+                    self._add(other, target)
+                    return True
+        return False
+
+    def _set(self, held: list[set[int]]) -> None:
+        self.held = held
+        self.loads = [sum(self.costs[e] for e in sorted(found)) for found in held]
+
+    def _relabel(self) -> bool:
         """Give each bundle of copies to the device where most of it is warm; devices too small for it are out."""
         size = len(self.held)
         impossible = sum(map(len, self.held)) + 1
@@ -142,10 +218,12 @@ class _Plan:
             for bundle in range(size)
         ]
         chosen = cheapest_assignment(cost)
-        if sum(cost[b][chosen[b]] for b in range(size)) < self.moves():
-            held, loads = list(self.held), list(self.loads)
-            for bundle, device in enumerate(chosen):
-                self.held[device], self.loads[device] = held[bundle], loads[bundle]
+        if sum(cost[b][chosen[b]] for b in range(size)) >= self.moves():
+            return False
+        held, loads = list(self.held), list(self.loads)
+        for bundle, device in enumerate(chosen):
+            self.held[device], self.loads[device] = held[bundle], loads[bundle]
+        return True
 
     def moves(self) -> int:
         return sum(device not in self.warm_of[e] for device, held in enumerate(self.held) for e in held)

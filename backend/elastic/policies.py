@@ -26,9 +26,12 @@ class ElasticOptions:
     #: Least time between two plans of a layer: one planner goes round all layers.
     replan_s: float = 0.02
     #: A replica carries at most this share of a device's fair share of the layer (`straggler_bound`).
-    straggler_factor: float = 0.25
-    #: Relative imbalance that is not worth a move (`place`).
-    tolerance: float = 0.1
+    straggler_factor: float = 0.125
+    #: Relative imbalance that a plan may leave (`place`), and that of the copies in memory which is worth another plan.
+    tolerance: float = 0.03
+    unrest: float = 0.2
+    #: Share by which a plan must shorten the last large steps.
+    gain: float = 0.05
     use_predictor: bool = True
     use_scaler: bool = True
     use_placer: bool = True
@@ -122,7 +125,7 @@ class StaticPolicy:
         assert self.interval_s is not None
         self._next = now + self.interval_s
         warm = {(e, d) for e, held in enumerate(self.devices_of) for d in held}
-        placement = balanced_table(self._window, self.slots, self.devices, warm)
+        placement = balanced_table(self._window, [self.slots // self.devices] * self.devices, warm)
         self._window = [0.0] * len(self._window)
         self.devices_of = placement.devices
         self.moves += placement.moves
@@ -137,13 +140,13 @@ def block_table(num_experts: int, devices: int) -> list[list[int]]:
 
 
 def balanced_table(
-    loads: Sequence[float], slots: int, devices: int, warm: frozenset[Copy] | set[Copy] = frozenset()
+    loads: Sequence[float], capacity: Sequence[int], warm: frozenset[Copy] | set[Copy] = frozenset()
 ) -> Placement:
-    """All `slots` filled: every expert at least once, further replicas for the heaviest (EPLB's greedy), then packed."""
+    """`capacity` [D] filled: every expert at least once, further replicas for the heaviest (EPLB's greedy), then packed."""
     kept = [load + _IDLE for load in loads]
-    replicas = scale(kept, budget=slots, max_replicas=devices, bound=0.0)
+    replicas = scale(kept, budget=sum(capacity), max_replicas=len(capacity), bound=0.0)
     costs = [load / count for load, count in zip(kept, replicas, strict=True)]
-    return place(replicas, costs, [slots // devices] * devices, warm)
+    return place(replicas, costs, capacity, warm)
 
 
 class OraclePolicy:

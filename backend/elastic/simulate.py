@@ -4,7 +4,8 @@ python -m backend.elastic.simulate [--checkpoint DIR] [--trace FILE] [--json FIL
 
 Routing is recorded from the engine (--recording of backend.elastic.train_predictor, or --checkpoint to record now) or generated with
 stated skew and drift. Arrivals come from a trace (CSV with arrival_s, input_tokens, output_tokens, or an Azure LLM trace) or
-are Poisson. Nothing here runs on a GPU: times come from a cost model whose constants are printed.
+are Poisson. Nothing here runs on a GPU: times come from a cost model whose constants are printed. They are assumed (--hardware,
+--constant), or those of experts fitted to measured kernels (--kernels).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +34,7 @@ from backend.elastic.experiment import (
     spread,
     variations,
 )
+from backend.elastic.kernel_fit import fit_kernels
 from backend.elastic.picture import draw
 from backend.elastic.policies import ElasticOptions
 from backend.elastic.routing import RoutingPool, generate
@@ -77,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
     system.add_argument("--shape", choices=sorted(SHAPES), default="qwen1.5-moe-a2.7b", help="sizes of the cost model")
     system.add_argument("--hardware", choices=sorted(HARDWARE), default="h200", help="constants of the cost model")
     system.add_argument(
+        "--kernels",
+        type=Path,
+        help="a file of loadtest.bench kernels --json with --shape: constants of memory and matmul are fitted to it",
+    )
+    system.add_argument(
         "--constant", action="append", default=[], metavar="NAME=VALUE", help="replace a constant of the cost model"
     )
     system.add_argument("--devices", type=int, default=8)
@@ -85,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
         "--rebalance", type=float, default=10.0, help="seconds between rebalancings of eplb (default 10)"
     )
     system.add_argument("--keep-alive", type=float, default=1.0, help="seconds an unused copy stays warm (default 1)")
-    system.add_argument("--straggler-factor", type=float, default=0.25, help="bound of a replica's load (default 0.25)")
+    system.add_argument(
+        "--straggler-factor", type=float, default=0.125, help="bound of a replica's load (default 0.125)"
+    )
     system.add_argument("--threshold", type=float, default=0.8, help="θ of moeless_brownout (default 0.8)")
     system.add_argument("--profile", type=Path, help="brownout-profile.json for the quality loss (default: published)")
     out = top.add_argument_group("output")
@@ -101,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
     """The whole experiment as JSON values."""
     model = parse_config(raw_config(PREFIX + args.shape))
-    cost = CostModel.of(model, args.hardware, **_constants(args.constant))
+    kernels = fit_kernels(args.kernels, args.shape) if args.kernels else None
+    given = _constants(args.constant)
+    cost = CostModel.of(model, args.hardware, **{**(kernels.constants() if kernels else {}), **given})
     pool = _pool(args, model.num_experts, model.top_k, progress)
     slots = args.slots if args.slots is not None else -(-pool.num_experts * 4 // (3 * args.devices))
     if slots * args.devices < pool.num_experts:
@@ -185,7 +197,14 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
             "layers_simulated": pool.num_layers,
             "seed": args.seed,
         },
-        "cost_model": {"shape": args.shape, "hardware": args.hardware, "assumed": True, **cost.constants()},
+        "cost_model": {
+            "shape": args.shape,
+            "hardware": args.hardware,
+            "assumed": kernels is None,
+            "kernels": asdict(kernels) if kernels else None,
+            "given": sorted(given),
+            **cost.constants(),
+        },
         "settings": {
             "keep_alive_s": args.keep_alive,
             "straggler_factor": args.straggler_factor,

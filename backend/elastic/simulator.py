@@ -172,7 +172,7 @@ def _step(
         begin = now + dense
         actual = counts[layer].tolist()
         service = policy.serve(actual, begin)
-        seconds = service.seconds + cost.exchange_seconds(service.assignments)
+        seconds = cost.experts_s + service.seconds + cost.exchange_seconds(service.assignments)
         last = dense + seconds
         now += work.repeat * last
         outcome.layer_s.append(seconds)

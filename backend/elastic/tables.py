@@ -21,9 +21,14 @@ _COLUMNS = {
 
 def show(result: dict, console: Console) -> None:
     """Constants and tables for people."""
-    cost = {key: value for key, value in result["cost_model"].items() if isinstance(value, float)}
-    console.print("[bold]Cost model[/bold] (assumed constants; bytes, FLOP, seconds)")
-    console.print(", ".join(f"{key} {value:.4g}" for key, value in cost.items()))
+    model = result["cost_model"]
+    assumed = "assumed constants" if model["assumed"] else "links and fixed times assumed, experts fitted as below"
+    console.print(f"[bold]Cost model[/bold] ({model['shape']} on {model['hardware']}, {assumed}; bytes, FLOP, seconds)")
+    console.print(", ".join(f"{key} {value:.4g}" for key, value in model.items() if isinstance(value, float)))
+    if model["given"]:
+        console.print(f"Given by --constant: {', '.join(model['given'])}")
+    if fit := model["kernels"]:
+        console.print(_fit_table(fit, model["expert_flops"]))
     work = result["workload"]
     console.print(f"{work['requests']} requests from {work['arrivals']}; {work['routing']}")
     table = _table(f"{work['devices']} devices, {work['layers']} layers, simulated", ["policy"], list(_COLUMNS))
@@ -54,6 +59,17 @@ def _table(title: str, names: list[str], numbers: list[str]) -> Table:
 
 def _short(policy: str) -> str:
     return policy.replace("moeless_without_", " without ")
+
+
+def _fit_table(fit: dict, expert_flops: float) -> Table:
+    constants = (
+        f"{1e6 * fit['fixed_s']:.3g} µs, {1e12 / fit['memory_bandwidth']:.3g} µs a MB, "
+        f"{1e6 * expert_flops / fit['matmul_rate']:.3g} µs an assignment"
+    )
+    table = _table(f"Experts fitted to {fit['source']}: {constants}", ["case"], ["measured µs", "fitted µs", "off by"])
+    for label, measured, fitted in fit["cases"]:
+        table.add_row(label, f"{1e6 * measured:.0f}", f"{1e6 * fitted:.0f}", f"{100 * (fitted / measured - 1):+.0f} %")
+    return table
 
 
 def _functions_table(rows: dict[str, dict]) -> Table:

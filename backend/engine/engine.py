@@ -68,16 +68,25 @@ class Engine:
         #: Assignments of one token in all layers.
         model_config = self.runner.model.config
         self._assignments = max(1, sum(model_config.moe_layers)) * model_config.top_k
+        #: Whether a step is launched before the tokens of the one before it are known.
+        self.overlap = resolve_async_scheduling(config, self.runner.device)
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        config = self.config
         self._united_share = 0.0
         self.blocks = BlockManager(self.runner.num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_batch_tokens, config.max_running)
         self.counters = EngineCounters()
         self._requests = RequestBook(config.max_waiting)
         self._num_steps = 0
-        #: Whether a step is launched before the tokens of the one before it are known.
-        self.overlap = resolve_async_scheduling(config, self.runner.device)
         self._ahead: _Step | None = None
         self._started_s = time.monotonic()
+
+    def reset(self) -> None:
+        """Forget silently every request, what they left in the prefix cache, and all counts; settings stay."""
+        self.runner.forget_steps()
+        self._begin_anew()
 
     def close(self) -> None:
         """End what runs beside the engine: expert workers."""

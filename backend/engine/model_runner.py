@@ -127,11 +127,15 @@ class ModelRunner:
             self.model.forward(self._last_token(length), self.kv_cache)
         if self.graphs is not None:
             self.graphs.capture_all(self.model.variant)
+        self.forget_steps()
+        for part in (*self.kv_cache.k, *self.kv_cache.v):
+            part.zero_()
+
+    def forget_steps(self) -> None:
+        """Have no last step and count none: those so far were for no request."""
         self.model.forget_step()
         if self.model.pool is not None:
             self.model.pool.forget_counts()
-        for part in (*self.kv_cache.k, *self.kv_cache.v):
-            part.zero_()
 
     def _prompts(self, num_tokens: int) -> ForwardBatch:
         """A step that computes prompts of `num_tokens` tokens in all, in the first blocks."""

@@ -1,8 +1,9 @@
 """Early refusal: which of the requests that have just come cannot get their first token in time, and who gives way to whom.
 
 A refusal is worth something only at once, while its client can still go elsewhere. So a request is judged when it comes, by
-the stub (`admission`) and, where that cannot tell, by the engine before its next step; one that was accepted is served, late if
-need be, unless a more important one takes its place.
+the stub (`admission`) and, where that cannot tell, by the engine before its next step. The engine also takes back what a stub
+let pass a moment ago, if things have turned worse. One that was accepted is served, late if need be, unless a more important
+one takes its place.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import Slowed, StepModel
 from backend.engine.request import Request
 
+#: A refusal is to be with its client within 0.1 s, both ways included. Who was let pass longer ago than this is served.
+REFUSED_WITHIN_S = 0.07
+
 
 @dataclass(frozen=True)
 class Waiting:
     """A request without a token yet. `never` (full quality wanted) and a lower `priority` number make it more important.
 
-    `judged`: its stub let it pass, going by the queue as it was when the request came. `accepted`: so did the engine.
+    `judged`: its stub let it pass, going by the queue as it was when the request came. `accepted`: so did the engine, or it
+    was too late to say otherwise.
     """
 
     request_id: object
@@ -42,7 +47,7 @@ class Waiting:
             len(request.prompt_ids),
             params.brownout == "never",
             params.priority,
-            request.accepted,
+            request.accepted or (request.judged and now - request.arrival > REFUSED_WITHIN_S),
             request.judged,
         )
 
@@ -65,17 +70,17 @@ class Pace(NamedTuple):
     full_s: float
     #: Sequences that could run besides those that do.
     free: int
-    #: Between two sequences that finish.
+    #: Between two sequences that finish when as many run as can.
     finish_s: float
 
     @classmethod
     def of(cls, model: StepModel | Slowed, load: EngineLoad, theta_prefill: float, theta_decode: float) -> Pace:
         decodes = min(load.running, load.max_batch_tokens - 1)
         chunk = load.max_batch_tokens - decodes
-        per_request = load.waiting_tokens / max(load.waiting, 1)
-        beside = min(chunk, per_request * decodes / max(load.mean_output_tokens, 1))
-        one, full, typical = map(float, model.predict_s([1, chunk, beside], decodes, theta_prefill, theta_decode))
-        finish_s = typical * load.mean_output_tokens / decodes if decodes else 0.0
+        beside, most = load.full_step
+        steps_s = model.predict_s([1, chunk, beside], [decodes, decodes, most], theta_prefill, theta_decode)
+        one, full, typical = map(float, steps_s)
+        finish_s = typical * load.mean_output_tokens / most
         return cls(chunk, one, (full - one) / max(chunk - 1, 1), full, load.slots - load.running, finish_s)
 
     def first_token_s(self, tokens: int, ahead: int) -> float:

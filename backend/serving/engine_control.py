@@ -17,6 +17,7 @@ from backend.brownout.step_model import Slowed, StepModel, StepSample
 from backend.engine.admission import QueueState
 from backend.engine.engine import Engine, Event
 from backend.engine.shedding import Pace
+from backend.engine.speed import measure_steps
 from backend.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ class EngineControl:
         self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
         #: Of an engine that refuses nothing early.
         self._state = QueueState(generation, 0.0, 0.0, 0, 0, 0, False, math.inf, math.nan, Pace(1, 0, 0, 0, 1, 0))
+
+    def learn_speed(self) -> None:
+        """If requests may be refused early, find out how long steps take: before there are any."""
+        if self._engine.config.shed_ttft_s is not None:
+            for step in measure_steps(self._engine):
+                self._learn(step)
 
     def follow_settings(self) -> None:
         """Apply what has changed in the block; the new settings act in the next step."""

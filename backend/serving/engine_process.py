@@ -286,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         control = EngineControl(
             engine, Block(block_path(args.runtime_dir), args.server_pid), args.index, args.generation
         )
+        control.learn_speed()
         watch = ProcessWatch(args.server_pid)
         server = EngineServer(engine, control, args.runtime_dir, args.index, args.generation, watch)
     except ConfigError as error:

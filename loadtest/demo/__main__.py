@@ -16,6 +16,7 @@ import asyncio
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from backend.config import DEMO, DEMO_CHECKPOINT
 from backend.demo.prompts import DemoPrompt, demo_prompts
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.launch_client import RunningServer, running_server
-from backend.serving.tokenizer import Tokenizer, load_tokenizer
+from backend.serving.tokenizer import load_tokenizer
 from controller.laws import LAWS
 from loadtest.clients import Clients
 from loadtest.control_log import read_course
@@ -34,7 +35,6 @@ from loadtest.demo.burst import (
     CALM,
     BurstShape,
     Ground,
-    breaks_promise,
     burst_schedule,
     measure_ground,
     peak_rps,
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace, console: Console) -> int:
     env = {"MOE_LLM_CHECKPOINT": DEMO, "MOE_LLM_WIDEN_EXPERTS": str(args.widen)}
-    tokenizer = load_tokenizer(str(DEMO_CHECKPOINT), None)
-    prompts = ConversationPrompts(args.seed, tokenizer)
+    conversations = partial(ConversationPrompts, tokenizer=load_tokenizer(str(DEMO_CHECKPOINT), None))
+    prompts = conversations(args.seed)
     shape = BurstShape()
     console.print("Starting Triton Inference Server with this repository's models …")
     with running_server(env=env, log=args.output / "ground.server.log") as server:
@@ -81,7 +81,7 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
                 console.print(f"[red]{record.protocol} request {record.id} {record.outcome}:[/red] {record.error}")
             return 1
         console.print("\nMeasuring what this machine can do, and how fast it answers at a calm load …")
-        ground = asyncio.run(_find_ground(server, tokenizer, shape, args, console))
+        ground = asyncio.run(measure_ground(server, conversations, shape, args.seed, console))
 
     def run(name: str, law: str | None) -> tuple[RunSummary, list[RequestRecord]]:
         console.print(f"Brownout {name}, fresh server …")
@@ -113,20 +113,6 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
     if not comparison.valid:
         console.print("[red]A run is invalid: the load generator was late, or requests failed.[/red] See the report.")
     return 0 if comparison.valid else 1
-
-
-async def _find_ground(
-    server: RunningServer, tokenizer: Tokenizer, shape: BurstShape, args: argparse.Namespace, console: Console
-) -> Ground:
-    """Measured twice if the first measurement does not hold."""
-    # Each load with prompts of its own: nothing of them lies in the prefix cache.
-    seeds = [args.seed, args.seed + 1000, args.seed + 2000]
-    prompts = [ConversationPrompts(seed, tokenizer) for seed in seeds]
-    ground = await measure_ground(server, prompts[0], shape, seeds[0], console)
-    if args.trace or await breaks_promise(server, ground, prompts[1], shape, seeds[1], console):
-        return ground
-    console.print("The machine bears more than that: it was slower when it was measured. Once more …")
-    return await measure_ground(server, prompts[2], shape, seeds[2], console)
 
 
 def _load_of(

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -132,7 +133,7 @@ def _study(args: argparse.Namespace, laws: list[str], wanted: list[str] | None, 
     shape = BurstShape()
     with running_server(env=env, log=args.output / "ground.server.log") as server:
         ground = asyncio.run(
-            measure_ground(server, ConversationPrompts(args.seed, tokenizer), shape, args.seed, console)
+            measure_ground(server, partial(ConversationPrompts, tokenizer=tokenizer), shape, args.seed, console)
         )
     console.print(
         f"Capacity {ground.capacity_rps:.1f} requests/s, promises {ms(ground.slo.ttft_s)} and {ms(ground.slo.itl_s)}"

@@ -32,6 +32,14 @@ def test_a_full_engine_makes_requests_wait_for_others_to_finish() -> None:
     assert float(first_token_s(MODEL, engine, 40, 3, 1.0, 1.0)) == pytest.approx(expected)
 
 
+def test_a_crowd_before_an_empty_engine_waits_for_those_that_will_run() -> None:
+    """None of the 64 slots is taken yet; the 70th waits until 6 of those that take them have finished."""
+    engine = load(running=0, waiting=70, waiting_tokens=700)
+    expected = 6 * 50 / 64 * step_s(10 * 64 / 50, 64)
+    assert float(first_token_s(MODEL, engine, 10, 69, 1.0, 1.0)) == pytest.approx(expected)
+    assert float(first_token_s(MODEL, engine, 10, 63, 1.0, 1.0)) == pytest.approx(step_s(10, 0))
+
+
 def test_a_full_kv_cache_counts_as_a_full_engine() -> None:
     waiting = {"running": 10, "waiting": 1, "waiting_tokens": 20}
     free = first_token_s(MODEL, load(**waiting), 20, 0, 1.0, 1.0)

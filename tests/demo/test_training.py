@@ -11,7 +11,16 @@ from backend.demo import prepare
 from backend.demo import train as train_command
 from backend.demo.batches import DRILL, FAMILY_NAMES, BatchMaker, BatchSizes, family_mix
 from backend.demo.export import export, load_run
-from backend.demo.quality import accuracy, engine_answerer, load_transformers, perplexity, transformers_answerer
+from backend.demo.quality import (
+    accuracy,
+    engine_answerer,
+    held_out_tokens,
+    load_transformers,
+    perplexity,
+    transformers_answerer,
+)
+from backend.demo.tokenizer import load_tokenizer, train_tokenizer, wrap
+from backend.errors import ConfigError
 from backend.models import load_model
 
 SIZES = BatchSizes(text_rows=1, text_length=32, question_rows=3, question_length=64, drill_rows=1)
@@ -138,6 +147,19 @@ def test_accuracy_counts_exact_matches(monkeypatch):
 def test_perplexity_of_an_untrained_model_is_near_the_vocabulary_size(checkpoint, data):
     found = perplexity(checkpoint, data, number=2)
     assert all(100 < values["perplexity"] < 3000 for values in found.values())
+
+
+def test_held_out_text_is_read_in_the_tokens_of_the_checkpoint_that_is_measured(data, tmp_path):
+    own, other = load_tokenizer(data), train_tokenizer(["what was said before"], 300)
+    kept = held_out_tokens(data, "chat", wrap(own))
+    assert kept.tolist() == np.load(data / "chat.held_out.npy").tolist()
+    found = held_out_tokens(data, "chat", wrap(other))
+    text = own.decode(kept.tolist(), skip_special_tokens=False)
+    assert len(found) > len(kept) and other.decode(found.tolist(), skip_special_tokens=False) == text
+    assert len(held_out_tokens(data, "absent", wrap(own))) == 0
+    (tmp_path / "chat.held_out.npy").write_bytes((data / "chat.held_out.npy").read_bytes())
+    with pytest.raises(ConfigError, match="there is no tokenizer"):
+        held_out_tokens(tmp_path, "chat", wrap(own))
 
 
 def test_a_dense_run_cannot_be_exported(dense, data, tmp_path, capsys):

@@ -25,10 +25,49 @@ def test_the_file_has_every_policy_with_its_figures(tmp_path, capsys):
     assert {name for name, row in result["policies"].items() if "functions" in row} == {"moeless", "moeless_brownout"}
     functions = result["policies"]["moeless"]["functions"]
     assert functions["loads"] == sum(functions[key] for key in ("warm", "loading", "evictions", "expiries"))
-    assert result["cost_model"]["assumed"] is True
+    assert result["cost_model"]["assumed"] is True and result["cost_model"]["kernels"] is None
     text = capsys.readouterr().out
     assert "Expert functions" in text
     assert "assumed constants" in text and str(first) in text.replace("\n", "")
+
+
+def test_experts_cost_what_measured_kernels_say(tmp_path, capsys):
+    kernels, path = tmp_path / "k.json", tmp_path / "r.json"
+    # 40 µs, and the longer of 2 µs a kB and 1 µs a MFLOP.
+    sizes = {"1 token": (10e3, 1e6), "8 tokens": (80e3, 8e6), "few slots": (5e3, 90e6), "512 tokens": (90e3, 900e6)}
+    cases = [
+        {"kernel": "grouped_experts_forward", "shape": "tiny", "dtype": "float32", "case": label}
+        | {"bytes": size, "flops": flops, "time_us": 40 + max(2e-3 * size, 1e-6 * flops)}
+        for label, (size, flops) in sizes.items()
+    ]
+    kernels.write_text(json.dumps({"device": "cpu", "machine": {"processor": "by hand"}, "cases": cases}))
+    options = ["--no-ablations", "--policies", "static", "--hardware", "cpu", "--json", str(path)]
+    assert main([*SMALL.split(), *options, "--kernels", str(kernels), "--constant", "exchange_s=1e-5"]) == 0
+    model = json.loads(path.read_text())["cost_model"]
+    fitted = {"experts_s": 40e-6, "memory_bandwidth": 5e8, "matmul_rate": 1e12}
+    assert {key: model[key] for key in fitted} == pytest.approx(fitted)
+    assert model["assumed"] is False and model["exchange_s"] == 1e-5 and model["given"] == ["exchange_s"]
+    text = " ".join(capsys.readouterr().out.split())
+    assert "40 µs, 2e+03 µs a MB" in text and "k.json: 4 cases of tiny" in text and "experts fitted as below" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "is no report of loadtest.bench kernels"),
+        ('{"cases": []}', "has no times of grouped_experts_forward for tiny"),
+        (
+            '{"cases": [{"kernel": "grouped_experts_forward", "shape": "tiny", "dtype": "float32", "case": "1 token", '
+            '"bytes": 1, "flops": 1, "time_us": 1}]}',
+            "has 1 times of grouped_experts_forward for tiny, at least 4 are needed",
+        ),
+    ],
+)
+def test_a_kernel_report_without_what_is_needed_is_named(content, message, tmp_path, capsys):
+    path = tmp_path / "k.json"
+    path.write_text(content)
+    assert main([*SMALL.split(), "--kernels", str(path)]) == 1
+    assert message in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_sensitivity_varies_every_constant(tmp_path):

@@ -1,5 +1,7 @@
 """The simulator against an example computed by hand, and against conservation laws under every policy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,38 @@ def test_with_brownout_experts_beyond_the_threshold_leave_memory_and_united_ones
     assert {expert for expert, _ in policy.functions.copies()} == {0, 1}
     service = policy.serve([6, 2, 1, 1], 0.5)
     assert service.united == 2 and service.served == 10 and service.stall_s == 0
+
+
+def test_an_expert_that_was_used_within_the_keep_alive_does_not_give_way_to_anothers_replicas():
+    cost = replace(COST, peer_bandwidth=1e12)
+    policy = ElasticPolicy(4, [2, 2], cost, ElasticOptions(keep_alive_s=10.0), Links(2, cost, 1.0))
+    policy.warm_up([4.0, 4.0, 4.0, 4.0], 1e5)
+    for step in range(1, 8):
+        # Expert 0 takes all there is, and asks for replicas; the others are forgotten, but not cold.
+        policy.expect([1e6, 0, 0, 0], float(step))
+        policy.serve([1e6, 0, 0, 0], step + 0.5)
+    assert {expert for expert, _ in policy.functions.copies()} == {0, 1, 2, 3}
+    assert policy.serve([1, 1, 1, 1], 8.0).stall_s == 0 and policy.misses == 0
+    for step in (30, 31):
+        policy.expect([1e6, 0, 0, 0], float(step))
+        policy.serve([1e6, 0, 0, 0], step + 0.5)
+    assert policy.functions.copies() == {(0, 0), (0, 1)}
+
+
+def test_a_plan_is_made_only_if_the_last_large_steps_would_have_been_shorter_with_it():
+    options = ElasticOptions(keep_alive_s=1e3, straggler_factor=1.0)
+    cost = replace(COST, peer_bandwidth=1e12)
+    policy = ElasticPolicy(4, [3, 3], cost, options, Links(2, cost, 1.0))
+    policy.functions.commit(policy.functions.prepare([(0, 0), (1, 0), (2, 1), (3, 1)], 0.0), 0.0)
+    even, skewed = [1e6, 1e6, 1e6, 1e6], [1e6, 1e6, 1e3, 1e3]
+    policy.expect(even, 1.0)
+    policy.serve(even, 1.5)
+    policy.expect(skewed, 2.0)
+    assert policy.plans == 0, "skew is predicted, but no step has suffered from it"
+    policy.serve(skewed, 2.5)
+    policy.expect(skewed, 3.0)
+    policy.expect(skewed, 4.0)
+    assert policy.plans > 0 and policy.functions.warm_devices(0) != policy.functions.warm_devices(1)
 
 
 def test_copies_share_an_experts_load_only_as_far_as_it_pays():

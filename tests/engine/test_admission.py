@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backend.brownout.queue_model import first_token_s
+from backend.brownout.step_model import StepModel
 from backend.engine.admission import Gate, QueueState, TooLate
 from backend.engine.sampling_params import SamplingParams
 from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.errors import UnavailableError
+from tests.controller.readings import load, measured_steps
 
 LIMIT_S = 1.0
 NOW = 1000.0
@@ -118,6 +121,36 @@ def test_the_door_and_the_engine_agree(
             assert not gone
     except TooLate:
         assert gone == {"new"}
+
+
+MODEL = StepModel()
+MODEL.learn(measured_steps())
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(0, 8),
+    st.sampled_from([0.0, 20.0, 80.0]),
+    st.integers(0, 5),
+)
+def test_of_a_crowd_at_once_those_pass_that_the_queue_model_finds_in_time(
+    crowd: list[int], running: int, output_tokens: float, waiting: int
+) -> None:
+    """Whatever the engine does meanwhile, and also if none of the slots that they will take is taken yet."""
+    engine = load(
+        running=running, max_running=8, waiting=waiting, waiting_tokens=30 * waiting, mean_output_tokens=output_tokens
+    )
+    standing = state(tokens=30 * waiting, waiting=waiting, pace=Pace.of(MODEL, engine, 1.0, 1.0))
+    door, tokens, ahead = gate(), 30 * waiting, waiting
+    for own in crowd:
+        expected_s = float(first_token_s(MODEL, engine, tokens + own, ahead, 1.0, 1.0))
+        try:
+            assert judged(door, standing, own)
+        except TooLate:
+            assert expected_s > 0.99 * LIMIT_S
+            continue
+        assert expected_s < 1.01 * LIMIT_S
+        tokens, ahead = tokens + own, ahead + 1
 
 
 def test_judging_counts_nothing() -> None:

@@ -11,7 +11,7 @@ from backend.config import EngineConfig
 from backend.engine.engine import Engine
 from backend.engine.request import Request, RequestEnded
 from backend.engine.sampling_params import SamplingParams
-from backend.engine.shedding import Pace, Waiting, late_requests
+from backend.engine.shedding import REFUSED_WITHIN_S, Pace, Waiting, late_requests
 from tests.controller.readings import load, measured_steps
 
 LIMIT_S = 1.0
@@ -131,6 +131,36 @@ def test_the_pace_is_that_of_the_queue_model(running: int, tokens: int, ahead: i
         abs(Pace.of(MODEL, engine, theta, theta).first_token_s(max(tokens, 1), ahead) - expected)
         <= 0.01 * expected + 1e-6
     )
+
+
+def test_a_refusal_that_would_take_long_is_not_made_any_more() -> None:
+    """What its stub let pass and a long step held up is served; what only the engine can judge it still refuses."""
+    now = 100.0
+    params = SamplingParams(max_tokens=5)
+    for judged, age_s, accepted in ((True, 0.06, False), (True, 0.08, True), (False, 0.08, False)):
+        request = Request("one", [1] * 20, params, arrival=now - age_s)
+        request.judged = judged
+        assert Waiting.of(request, now).accepted == accepted
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1.2), st.integers(1, 60), st.booleans(), st.integers(-1, 1)), max_size=25),
+    st.integers(0, 100),
+)
+def test_of_what_was_let_pass_only_the_young_are_refused_or_those_that_give_way(
+    queue: list[tuple[float, int, bool, int]], started: int
+) -> None:
+    now, requests = 100.0, []
+    for number, (age_s, tokens, never, priority) in enumerate(queue):
+        params = SamplingParams(brownout="never" if never else "auto", priority=priority)
+        requests.append(Request(number, [1] * tokens, params, arrival=now - age_s))
+        requests[-1].judged = True
+    waiting = [Waiting.of(request, now) for request in requests]
+    gone = refused(waiting, started)
+    young = [request for request in waiting if request.age_s <= REFUSED_WITHIN_S]
+    for request in waiting:
+        if request.request_id in gone and request not in young:
+            assert any((new.never, -new.priority) > (request.never, -request.priority) for new in young)
 
 
 def test_the_engine_refuses_once_with_a_hint_and_goes_on() -> None:

@@ -62,10 +62,11 @@ def stub_process(server: RunningServer, model: str) -> psutil.Process:
     return psutil.Process(pid)
 
 
-def resident_bytes(server: RunningServer) -> int:
-    """Memory of the stubs and the engine."""
-    own = [p for p in descendants(server) if "triton_python_backend_stub" in " ".join(command_of(p))]
-    return sum(process.memory_info().rss for process in [*own, *engine_processes(server)])
+def resident_bytes(server: RunningServer) -> dict[str, int]:
+    """Memory of the stubs and of the engines."""
+    stubs = [p for p in descendants(server) if "triton_python_backend_stub" in " ".join(command_of(p))]
+    parts = {"stubs": stubs, "engines": engine_processes(server)}
+    return {name: sum(process.memory_info().rss for process in part) for name, part in parts.items()}
 
 
 def launch_name(server: RunningServer) -> str:

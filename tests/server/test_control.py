@@ -141,7 +141,7 @@ def test_settings_reach_every_engine_between_two_steps_and_end_with_their_lease(
 ) -> None:
     streams = [HttpStream(controlled, LONG) for _ in range(2)]
     wait_until(lambda: all(e["requests_running"] for e in plane.call()["telemetry"]), 10, "busy on both engines")
-    version = plane.call(**DIM, owner="test", lease_s=0.5)["settings"]["version"]
+    version = plane.call(**DIM, owner="test", lease_s=2)["settings"]["version"]
     wait_until(lambda: followed(plane, version), 5, "followed")
     for entry in plane.call()["telemetry"]:
         thetas = [tuple(step[3:]) for step in entry["steps"]]

@@ -104,8 +104,9 @@ def test_a_refusal_at_the_door_needs_no_answer_from_the_engine(tmp_path):
     block = Block(block_path(tmp_path), os.getpid())
     engine = psutil.Process(engine_pid(tmp_path))
     try:
+        wait_until(lambda: block.read_queue(0)["allowed_s"] < 2.0)  # the engine knows its speed before it was asked
         stub.submit(0, max_tokens=900)
-        wait_until(lambda: block.read_queue(0)["allowed_s"] < 2.0)  # the engine knows its speed
+        stub.wait(lambda: stub.tokens)
         engine.suspend()
         queue = np.array([block.read_queue(0)])
         queue["ready_s"] += 100  # in the middle of a long step

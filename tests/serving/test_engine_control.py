@@ -15,9 +15,11 @@ from backend.brownout.buckets import quantile
 from backend.brownout.control import Lease
 from backend.brownout.settings import Settings
 from backend.config import EngineConfig
+from backend.engine.admission import Gate, QueueState, TooLate
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.sampling_params import SamplingParams
+from backend.engine.shedding import REFUSED_WITHIN_S, Pace
 from backend.errors import ConfigError
 from backend.serving import engine_control
 from backend.serving.engine_control import EngineControl
@@ -149,6 +151,64 @@ def test_stubs_learn_how_the_queue_stands(block: Block, monkeypatch: pytest.Monk
     said = block.read_queue(2)
     assert (said["waiting"], said["tokens"], said["any_auto"], said["pace"]["free"]) == (0, 0, False, 1)
     assert said["ready_s"] <= time.monotonic()
+
+
+def test_an_engine_knows_its_speed_before_the_first_request(block: Block) -> None:
+    engine = Engine(EngineConfig(checkpoint="dummy:tiny", kv_cache_blocks=64, shed_ttft_s=1.0))
+    control = EngineControl(engine, block, 2, 7)
+    control.learn_speed()
+    control.announce(0.0)
+    assert block.read_queue(2)["allowed_s"] == pytest.approx(0.85)
+    control.write()
+    row = block.read_telemetry(2)
+    assert (row["num_steps"], row["requests"], row["prefill_tokens"], row["num_layers"]) == (0, 0, 0, 0)
+
+
+def at_the_door(engine: Engine, control: EngineControl, block: Block, count: int) -> int:
+    """So many requests that come at once, and of which the engine takes notice only now; how many are let pass."""
+    control.announce(0.0)
+    *state, pace = block.read_queue(2).item()
+    gate, now, passed = Gate(1000, engine.config.shed_ttft_s), time.monotonic(), 0
+    for number in range(count):
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        request = Request(number, [1] * 8, params, now)
+        try:
+            request.judged = gate.admit(QueueState(*state, Pace(*pace)), 8, params, now, now)
+        except TooLate:
+            continue
+        assert request.judged
+        engine.add(request)
+        passed += 1
+    time.sleep(REFUSED_WITHIN_S + 0.01)
+    return passed
+
+
+def serves(engine: Engine, count: int) -> bool:
+    """Whether it serves so many requests, each once."""
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    ended = [event.request_id for event in events if event.finish_reason is not None]
+    return len(ended) == len(set(ended)) == count
+
+
+@pytest.mark.parametrize(("limit_s", "output_tokens", "crowd"), [(1.0, 100.0, 60), (0.1, 0.0, 3)])
+def test_what_a_long_step_held_up_is_refused_at_the_door_or_served(
+    block: Block, limit_s: float, output_tokens: float, crowd: int
+) -> None:
+    """A crowd before free slots: those are refused that would wait for others to finish. And a few that would have been in
+    time if the step had not been so long: refused now, after nearly the whole time, they would gain nothing.
+    """
+    parameters = {"checkpoint": "dummy:tiny", "kv_cache_blocks": 256, "max_batch_tokens": 32, "max_running": 2}
+    engine = Engine(EngineConfig(**parameters, shed_ttft_s=limit_s))
+    control = EngineControl(engine, block, 2, 7)
+    control._model.learn(measured_steps())
+    engine.counters.mean_output_tokens = output_tokens
+    passed = at_the_door(engine, control, block, crowd)
+    # At 15 ms a step one of two finishes every 0.75 s.
+    assert passed == min(3, crowd)
+    assert control.shed() == []
+    assert serves(engine, passed)
 
 
 def test_the_queue_is_judged_by_how_fast_the_last_steps_were(block: Block) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,8 @@ from loadtest.demo.burst import (
     CALM,
     BurstShape,
     Ground,
-    breaks_promise,
     burst_schedule,
+    measure_ground,
     peak_rps,
     trace_schedule,
 )
@@ -71,18 +72,27 @@ def test_the_peak_is_the_busiest_window():
     assert peak_rps(schedule, window_s=5.0) == 4 / 5
 
 
-@pytest.mark.parametrize(("late", "breaks"), [(0.0, False), (0.04, False), (0.06, True), (None, False)])
-def test_a_burst_that_nobody_waits_in_is_none(monkeypatch, late, breaks):
-    sent = []
+def test_a_ground_on_which_nobody_waits_in_the_burst_is_measured_again(monkeypatch):
+    """A machine that was slow when its capacity was measured: the probe shows it, with prompts of its own."""
+    grounds, probes, prompts, late = [GROUND, replace(GROUND, capacity_rps=50.0)], [], [], 0.0
 
-    async def run_load(schedule, prompts, **kwargs):
-        sent.append((schedule, kwargs["info"].slo))
+    async def measure(server, given, shape, seed, console):
+        prompts.append(given)
+        return grounds[len(prompts) > 1]
+
+    async def run_load(schedule, given, *, info, **kwargs):
+        assert info.slo == GROUND.slo
+        assert len(schedule.arrivals) / schedule.duration_s == pytest.approx(BURST * GROUND.capacity_rps, rel=0.15)
+        probes.append(given)
         return SimpleNamespace(result=SimpleNamespace(ttft_violation_ratio=late)), []
 
+    monkeypatch.setattr(burst, "_measure", measure)
     monkeypatch.setattr(burst, "run_load", run_load)
     server = SimpleNamespace(http="h", grpc="g")
-    probe = breaks_promise(server, GROUND, GeneratedPrompts(0), BurstShape(), 5, Console(quiet=True))
-    assert asyncio.run(probe) is breaks
-    [(schedule, slo)] = sent
-    assert slo == GROUND.slo
-    assert len(schedule.arrivals) / schedule.duration_s == pytest.approx(BURST * GROUND.capacity_rps, rel=0.15)
+    for share, again in ((0.0, True), (0.04, True), (None, True), (0.06, False)):
+        late = share
+        prompts.clear()
+        found = asyncio.run(measure_ground(server, GeneratedPrompts, BurstShape(), 5, Console(quiet=True)))
+        assert found == grounds[again]
+        assert len(prompts) == 1 + again
+        assert len({given.text(0, 40) for given in (*prompts, probes[-1])}) == len(prompts) + 1

@@ -6,7 +6,6 @@ Python: no tensor library here.
 
 from __future__ import annotations
 
-from array import array
 from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ class Schedule:
     num_decodes: int = 0
     #: Entries that get no logits: known tokens of the sequence remain to be computed after this step.
     partial: list[int] = field(default_factory=list)
+    #: Sequences that had no blocks before this step: nothing that is known of their earlier ones holds.
+    admitted: list[Sequence] = field(default_factory=list)
     #: If this was made before the step before it was done: for each sequence the row of that step's tokens that is its input.
     previous_rows: list[int] | None = None
 
@@ -99,6 +100,7 @@ class Scheduler:
                 (decodes if num_known - sequence.num_computed == 1 else prefills).append(sequence)
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
+        admitted: list[Sequence] = []
         for sequence in prefills:
             count = min(len(sequence.tokens) - sequence.num_computed, budget)
             if count == 0:
@@ -110,9 +112,10 @@ class Scheduler:
             count = min(len(sequence.tokens) - sequence.num_computed, budget)
             budget -= count
             chunks.append((sequence, count))
+            admitted.append(sequence)
         chunks.sort(key=lambda chunk: chunk[1] != 1)
         num_decodes = len(decodes) + sum(count == 1 for _, count in chunks)
-        work = Schedule(decodes, [1] * len(decodes), num_decodes)
+        work = Schedule(decodes, [1] * len(decodes), num_decodes, admitted=admitted)
         for sequence, count in chunks:
             if sequence.num_computed + count < len(sequence.tokens):
                 work.partial.append(len(work.sequences))
@@ -218,7 +221,7 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
-        sequence.blocks = array("i")  # not the same one, emptied: see Sequence
+        del sequence.blocks[:]
 
     def _position(self, sequence: Sequence) -> int | None:
         """Index in `running`, by binary search on the sort key (unique per sequence)."""

@@ -27,7 +27,7 @@ def scheduled(draw) -> tuple[Sequence, int]:
     output = draw(st.lists(st.integers(0, 99), max_size=6))
     params = SamplingParams(brownout=draw(st.sampled_from(["auto", "never"])))
     sequence = Request("r", prompt, params).sequences[0]
-    sequence.tokens += output
+    sequence.tokens.extend(output)
     sequence.num_computed = draw(st.integers(0, len(sequence.tokens) - 1))
     blocks = -(-len(sequence.tokens) // BLOCK_SIZE) + draw(st.integers(0, 2))
     sequence.blocks = array("i", draw(st.lists(st.integers(0, 999), min_size=blocks, max_size=blocks)))
@@ -131,11 +131,12 @@ def test_the_random_steps_have_in_them_what_could_go_wrong():
     assert all(seen[name] > 0 for name in ("mixed", "partial", "ahead", "preempted", "hit")), seen
 
 
-def test_other_blocks_of_the_same_sequence_are_seen_from_one_step_to_the_next():
+def test_a_sequence_that_is_admitted_again_has_other_blocks():
     sequence = Request("r", list(range(7)), SamplingParams()).sequences[0]
     sequence.num_computed, sequence.blocks = 6, array("i", [3, 5])
-    builder, schedule = BatchBuilder(BLOCK_SIZE, CPU), Schedule([sequence], [1], 1)
-    first = builder.build(schedule)
-    sequence.blocks = array("i", [8, 9])
-    assert builder.build(schedule).block_tables.tolist() == [[8, 9]]
+    builder = BatchBuilder(BLOCK_SIZE, CPU)
+    first = builder.build(Schedule([sequence], [1], 1))
+    sequence.blocks[:] = array("i", [8, 9])
+    again = builder.build(Schedule([sequence], [1], 1, admitted=[sequence]))
+    assert again.block_tables.tolist() == [[8, 9]]
     assert first.block_tables.tolist() == [[3, 5]], "an earlier batch has changed"

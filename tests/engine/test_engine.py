@@ -236,11 +236,25 @@ def test_ended_requests_are_freed_without_garbage_collection():
         for name in ("cancelled while it runs", "cancelled while it waits"):
             engine.abort(name)
         time.sleep(0.02)
+        engine.add(
+            Request("next", [1, 2], greedy(1))
+        )  # until there is another batch, the last one's sequences are kept
         while engine.has_work:
             engine.step()
         assert [name for name, request in living.items() if request() is not None] == []
     finally:
         gc.enable()
+
+
+def test_garbage_collection_finds_no_lists_of_tokens_in_waiting_requests():
+    """It goes through every item of a list, and nothing within an array."""
+    engine = make_engine(max_running=2, max_waiting=9)
+    requests = [Request(number, [1] * 20, greedy(4)) for number in range(8)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    held = [[*gc.get_referents(sequence), sequence.request.prompt_ids] for r in requests for sequence in r.sequences]
+    assert all(len(item) < 20 for items in held for item in items if isinstance(item, list | tuple))
 
 
 def test_timeout_ends_a_request_with_an_error():

@@ -236,9 +236,8 @@ def test_ended_requests_are_freed_without_garbage_collection():
         for name in ("cancelled while it runs", "cancelled while it waits"):
             engine.abort(name)
         time.sleep(0.02)
-        engine.add(
-            Request("next", [1, 2], greedy(1))
-        )  # until there is another batch, the last one's sequences are kept
+        # The sequences of the last batch are kept until there is another one.
+        engine.add(Request("last", [1, 2], greedy(9)))
         while engine.has_work:
             engine.step()
         assert [name for name, request in living.items() if request() is not None] == []

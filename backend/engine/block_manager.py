@@ -9,18 +9,18 @@ of their own (`browned`), so that who wants the original model's keys and values
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 
-def chain_hashes(tokens: Sequence[int], block_size: int, known: list[bytes]) -> list[bytes]:
+def chain_hashes(tokens: array, block_size: int, known: list[bytes]) -> list[bytes]:
     """Extend `known` in place to one hash per full block of `tokens`; each covers its block and all before it."""
+    digest = known[-1] if known else b""
     for start in range(len(known) * block_size, len(tokens) - block_size + 1, block_size):
-        parent = known[-1] if known else b""
-        block = array("q", tokens[start : start + block_size]).tobytes()
-        known.append(hashlib.blake2b(parent + block, digest_size=16).digest())
+        digest = blake2b(digest + tokens[start : start + block_size].tobytes(), digest_size=16).digest()
+        known.append(digest)
     return known
 
 

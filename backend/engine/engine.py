@@ -217,7 +217,8 @@ class Engine:
         if not schedule:
             return None
         logits = self.runner.run(schedule)
-        return self._sample(schedule, self._book(schedule, self.runner.browned_classes), logits)
+        self._book(schedule, self.runner.browned_classes)
+        return self._sample(schedule, logits)
 
     def _launch_ahead(self, step: _Step) -> _Step | None:
         """Launch the step after `step`, which is booked and may still run; None if its tokens must be known for that.
@@ -231,11 +232,11 @@ class Engine:
         schedule = self.scheduler.schedule_ahead(step.ready, self._ends_by_length)
         if schedule is None:
             return None
-        return self._sample(schedule, schedule.sequences, self.runner.run(schedule, step.sampling.tokens))
+        return self._sample(schedule, self.runner.run(schedule, step.sampling.tokens))
 
-    def _sample(self, schedule: Schedule, ready: list[Sequence], logits: Tensor) -> _Step:
-        """Go on with the logits of a step that has just been launched: begin to choose the tokens of `ready`."""
-        ahead = schedule.previous_rows is not None
+    def _sample(self, schedule: Schedule, logits: Tensor) -> _Step:
+        """Go on with the logits of a step that has just been launched: begin to choose tokens."""
+        ready, ahead = schedule.ready(), schedule.previous_rows is not None
         sampling = Sampling(logits, [self._sample_row(sequence, ahead) for sequence in ready]) if ready else None
         browned = self.runner.browned_classes
         return _Step(schedule, ready, sampling, browned, self.runner.copy_replaced() if any(browned) else None)
@@ -274,27 +275,26 @@ class Engine:
         warm = sum(block.expert_map.num_resident for block in model.moe_blocks)
         return ExpertTelemetry(warm=warm, slot_byte_s=byte_s, always_on_byte_s=byte_s)
 
-    def _book(self, schedule: Schedule, browned: tuple[bool, ...]) -> list[Sequence]:
+    def _book(self, schedule: Schedule, browned: tuple[bool, ...]) -> None:
         """Record what is computed once the device has come so far; all tokens that go into it are known.
 
-        `browned`: for each token class whether experts were replaced. Returns the sequences that have logits, in the order of
-        the logits' rows.
+        `browned`: for each token class whether experts were replaced.
         """
         # With a threshold below 1 a token counts as touched, whether or not one of its experts was replaced.
         pristine = None
         if any(browned):
             pairs = zip(schedule.sequences, schedule.num_tokens, strict=True)
             pristine = [not browned[sequence.token_class(count)] for sequence, count in pairs]
-        ready = self.scheduler.computed(schedule, pristine)
-        for sequence in [s for s in schedule.sequences if not s.request.siblings_started]:
+        self.scheduler.computed(schedule, pristine)
+        # Beyond its prompt a sequence has been here with no more than that.
+        for sequence in [s for s in schedule.sequences if s.num_computed <= s.num_prompt]:
             request = sequence.request
             self._requests.started(request)
-            if sequence.prompt_computed:
+            if sequence.prompt_computed and not request.siblings_started:
                 request.siblings_started = True
                 for sibling in request.sequences[1:]:
                     if not sibling.finished:
                         self.scheduler.add(sibling)
-        return ready
 
     def _count_replaced(self, step: _Step) -> None:
         """Record what brownout replaced in a step."""

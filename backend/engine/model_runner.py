@@ -13,7 +13,7 @@ from backend.brownout.profile import find_profile
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.elastic.worker_pool import WorkerPool
-from backend.engine.batch import build_batch
+from backend.engine.batch import BatchBuilder, build_batch
 from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
 from backend.engine.request import Request
 from backend.engine.sampling_params import SamplingParams
@@ -80,6 +80,7 @@ class ModelRunner:
                 f"parameter max_model_len must be at most the checkpoint's {limit}, got {self.max_model_len}"
             )
         self.block_size = config.block_size
+        self.batches = BatchBuilder(self.block_size, self.device)
         self.num_blocks = self._num_blocks(config)
         # Graphs need a block that no sequence has.
         self.kv_cache = KVCache(
@@ -226,7 +227,7 @@ class ModelRunner:
         `previous` [R] are the tokens of the step before, for a schedule made ahead. Does not wait for the device; the logits
         hold until the next call.
         """
-        batch = build_batch(schedule, self.block_size, self.device, previous)
+        batch = self.batches.build(schedule, previous)
         replays = self.graphs is not None and self.graphs.accepts(batch)
         if (pool := self.model.pool) is not None:
             # A captured step cannot wait for weights.

@@ -27,10 +27,10 @@ class Sequence:
     """One stream of tokens: the prompt, then what was sampled.
 
     `tokens[:num_computed]` have their keys and values in `blocks`; the scheduler lets computed tokens catch up with known
-    ones. `hashes` are the chain hashes of the full blocks known so far (see BlockManager). `pristine` tells that no block so
-    far holds keys and values that brownout touched. `num_run` counts the tokens that were computed for this sequence
-    (again after a preemption, not those found in the prefix cache), `num_replaced` their assignments that other than their
-    own experts served.
+    ones. `blocks` only grow until a preemption or the end takes them all. `hashes` are the chain hashes of the full blocks
+    known so far (see BlockManager). `pristine` tells that no block so far holds keys and values that brownout touched.
+    `num_reused` counts tokens found in the prefix cache less those computed again after a preemption, `num_replaced` the
+    assignments of computed tokens that other than their own experts served.
     """
 
     __slots__ = (
@@ -43,7 +43,7 @@ class Sequence:
         "num_prompt",
         "num_published",
         "num_replaced",
-        "num_run",
+        "num_reused",
         "pristine",
         "request",
         "seed",
@@ -54,13 +54,13 @@ class Sequence:
     def __init__(self, request: Request, index: int) -> None:
         self.request = request
         self.index = index
-        self.tokens: list[int] = list(request.prompt_ids)
+        self.tokens = array("q", request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
         self.num_published = 0
         self.never_browned = request.params.brownout == "never"
         self.pristine = True
-        self.num_run = 0
+        self.num_reused = 0
         self.num_replaced = 0
         self.blocks = array("i")
         self.hashes: list[bytes] = []
@@ -71,6 +71,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_run(self) -> int:
+        """Tokens that were computed for this sequence, also again after a preemption."""
+        return self.num_computed - self.num_reused
 
     @property
     def finished(self) -> bool:
@@ -89,7 +94,11 @@ class Sequence:
 
 
 class Request:
-    """A prompt with its sampling parameters and `n` sequences; `arrival` is time.monotonic()."""
+    """A prompt with its sampling parameters and `n` sequences; `arrival` is time.monotonic().
+
+    Token ids of what has been queued are in arrays: garbage collection goes through every item of a list, which takes long
+    when thousands of requests wait.
+    """
 
     _counter = 0
 
@@ -105,7 +114,7 @@ class Request:
         self.deadline = None if params.timeout_s is None else self.arrival + params.timeout_s
         self.sort_key = self.arrival + params.priority * PRIORITY_STEP_S
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.sequences = [Sequence(self, index) for index in range(params.n)]
+        self._sequences: tuple[Sequence, ...] | None = None
         #: Sequences 1 … n-1 start when the first has computed the prompt: they find it in the prefix cache.
         self.siblings_started = False
         #: Early refusal has let it pass: in the stub, in the engine. See `backend.engine.shedding`.
@@ -113,8 +122,23 @@ class Request:
         self.accepted = False
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Made when they are first asked for, so never for a request that is refused, and none once it has ended.
+
+        They refer to the request: as long as it refers to them, too, only garbage collection could free the two.
+        """
+        if self._sequences is None:
+            self.prompt_ids = array("q", self.prompt_ids)
+            self._sequences = tuple([Sequence(self, index) for index in range(self.params.n)])
+        return self._sequences
+
+    @property
     def finished(self) -> bool:
         return all(sequence.finished for sequence in self.sequences)
+
+    def end(self) -> None:
+        """Let go of the sequences, which have finished."""
+        self._sequences = ()
 
 
 class TokenOutput(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -87,6 +87,7 @@ class RequestBook:
         if self._requests.pop(request.request_id, None) is None:
             return
         self.started(request)
+        request.end()
         self._end_times.append(time.monotonic())
         if request.deadline is not None:
             self._deadlines.ended()

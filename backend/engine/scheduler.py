@@ -23,11 +23,21 @@ class Schedule:
     num_tokens: list[int] = field(default_factory=list)
     #: How many of the leading entries compute exactly one token.
     num_decodes: int = 0
+    #: Entries that get no logits: known tokens of the sequence remain to be computed after this step.
+    partial: list[int] = field(default_factory=list)
+    #: Sequences that had no blocks before this step: nothing that is known of their earlier ones holds.
+    admitted: list[Sequence] = field(default_factory=list)
     #: If this was made before the step before it was done: for each sequence the row of that step's tokens that is its input.
     previous_rows: list[int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.sequences)
+
+    def ready(self) -> list[Sequence]:
+        """Sequences that get logits, in the order of the logits' rows: with this step all their known tokens are computed."""
+        if not self.partial:
+            return self.sequences
+        return [sequence for entry, sequence in enumerate(self.sequences) if entry not in self.partial]
 
     def unfinished(self) -> Schedule:
         """What is left of a step made ahead, of one token each, once the tokens before it are known."""
@@ -84,12 +94,13 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         block_size = self.blocks.block_size
         for sequence in list(self.running):
-            num_known, num_blocks = len(sequence.tokens), len(sequence.blocks)
+            num_known, blocks = len(sequence.tokens), sequence.blocks
             # Preemption takes sequences from the end, so it never takes one that this loop has passed; it takes all blocks.
-            if num_blocks and (num_known <= num_blocks * block_size or self._grow(sequence)):
+            if num_known <= len(blocks) * block_size or (blocks and self._grow(sequence)):
                 (decodes if num_known - sequence.num_computed == 1 else prefills).append(sequence)
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
+        admitted: list[Sequence] = []
         for sequence in prefills:
             count = min(len(sequence.tokens) - sequence.num_computed, budget)
             if count == 0:
@@ -101,10 +112,13 @@ class Scheduler:
             count = min(len(sequence.tokens) - sequence.num_computed, budget)
             budget -= count
             chunks.append((sequence, count))
+            admitted.append(sequence)
         chunks.sort(key=lambda chunk: chunk[1] != 1)
         num_decodes = len(decodes) + sum(count == 1 for _, count in chunks)
-        work = Schedule(decodes, [1] * len(decodes), num_decodes)
+        work = Schedule(decodes, [1] * len(decodes), num_decodes, admitted=admitted)
         for sequence, count in chunks:
+            if sequence.num_computed + count < len(sequence.tokens):
+                work.partial.append(len(work.sequences))
             work.sequences.append(sequence)
             work.num_tokens.append(count)
         return work
@@ -130,28 +144,23 @@ class Scheduler:
             return None
         for sequence, block in zip(full, self.blocks.allocate(len(full)), strict=True):
             sequence.blocks.append(block)
-        return Schedule(sequences, [1] * len(sequences), len(sequences), [rows[sequence] for sequence in sequences])
+        previous_rows = [rows[sequence] for sequence in sequences]
+        return Schedule(sequences, [1] * len(sequences), len(sequences), previous_rows=previous_rows)
 
-    def computed(self, schedule: Schedule, pristine: Iterable[bool] | None = None) -> list[Sequence]:
+    def computed(self, schedule: Schedule, pristine: Iterable[bool] | None = None) -> None:
         """Book a step as computed and publish the blocks that are now full. All tokens that go into it are known.
 
         `pristine`: for each sequence whether brownout replaced none of this step's experts; None: it replaced none at all.
-        Returns the sequences that have logits: all their known tokens are computed.
         """
         if pristine is not None:
             for sequence, untouched in zip(schedule.sequences, pristine, strict=True):
                 sequence.pristine = sequence.pristine and untouched
-        ready = []
         block_size = self.blocks.block_size
         for sequence, count in zip(schedule.sequences, schedule.num_tokens, strict=True):
-            sequence.num_run += count
             num_computed = sequence.num_computed = sequence.num_computed + count
             # A single token fills a block only if it ends one.
             if count > 1 or num_computed % block_size == 0:
                 self._publish(sequence)
-            if num_computed == len(sequence.tokens):
-                ready.append(sequence)
-        return ready
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the blocks findable that have become full."""
@@ -182,6 +191,7 @@ class Scheduler:
         sequence.blocks.extend(hit)
         sequence.blocks.extend(self.blocks.allocate(needed))
         sequence.num_computed = len(hit) * size
+        sequence.num_reused += sequence.num_computed
         sequence.num_published = len(hit)
         sequence.pristine = pristine
         insort(self.running, sequence, key=_sort_key)
@@ -203,6 +213,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.pop(self._position(sequence))
         self._give_back(sequence)
+        sequence.num_reused -= sequence.num_computed
         sequence.num_computed = 0
         sequence.num_published = 0
         self.num_preemptions += 1

@@ -13,7 +13,6 @@ from unittest.mock import patch
 import msgspec
 
 from backend.engine import engine as engine_module
-from backend.engine import model_runner as runner_module
 from backend.engine.engine import Engine
 from backend.engine.scheduler import Schedule
 from loadtest.bench.timing import synchronize
@@ -114,7 +113,7 @@ class PartTimes:
 
         wraps = [
             (engine.scheduler, "schedule", SCHEDULING, False),
-            (runner_module, "build_batch", BATCH, False),
+            (engine.runner.batches, "build", BATCH, False),
             (engine.runner, "run", MODEL_REST, False),
             (engine, "_book", BOOKING, False),
             (engine_module, "Sampling", SAMPLING, False),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -52,12 +54,14 @@ class HostCost(msgspec.Struct, kw_only=True):
     share_of_step: float
     #: The same with what follows sampling: ends of sequences, events.
     host_us: float
-    #: The whole step, with the sampling of few logits: median and, for pauses such as garbage collection, maximum.
+    #: The whole step, with the sampling of few logits: median and maximum.
     step_us: float
     step_worst_us: float
+    #: A full garbage collection with all that waits and runs; a step that meets one takes so much longer.
+    collection_us: float
 
     @classmethod
-    def of(cls, times: StepTimes, worst: StepTimes) -> HostCost:
+    def of(cls, times: StepTimes, worst: StepTimes, collection_s: float) -> HostCost:
         names = (SCHEDULING, BATCH, BOOKING, SAMPLING, EMIT)
         parts = {name: times.parts.get(name, 0.0) * 1e6 for name in names}
         cost = parts[SCHEDULING] + parts[BATCH] + parts[BOOKING]
@@ -69,6 +73,7 @@ class HostCost(msgspec.Struct, kw_only=True):
             host_us=cost + parts[EMIT],
             step_us=times.step_s * 1e6,
             step_worst_us=worst.step_s * 1e6,
+            collection_us=collection_s * 1e6,
         )
 
 
@@ -175,6 +180,18 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
     measured = steps + _WARM_UP_STEPS
     new_tokens = prompt_tokens if turnover else measured + prompt_tokens
     engine = _engine(running, waiting, prompt_tokens, new_tokens)
+    # As in an engine process that is ready: collections pass over what was loaded before there were requests.
+    gc.collect()
+    gc.freeze()
+    try:
+        return _served_cost(engine, running, waiting, prompt_tokens, new_tokens, measured, turnover)
+    finally:
+        gc.unfreeze()
+
+
+def _served_cost(
+    engine: Engine, running: int, waiting: int, prompt_tokens: int, new_tokens: int, steps: int, turnover: bool
+) -> HostCost:
     rng = random.Random(0)
     logits = torch.randn(2 * running, engine.vocab_size, generator=torch.Generator().manual_seed(0))
 
@@ -192,12 +209,19 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
                 raise ValueError(f"{waiting} waiting requests are too few to keep {running} running")
             engine.step()
         with times.attached():
-            for _ in range(measured):
+            for _ in range(steps):
                 times.step()
     medians = times.summary(skip=_WARM_UP_STEPS, average=statistics.median)
     worst = times.summary(skip=_WARM_UP_STEPS, average=max)
     assert medians is not None and worst is not None
-    return HostCost.of(medians, worst)
+    return HostCost.of(medians, worst, _collection_s())
+
+
+def _collection_s() -> float:
+    """Seconds that a full garbage collection takes."""
+    started = time.perf_counter()
+    gc.collect()
+    return time.perf_counter() - started
 
 
 def telemetry_cost(running: int, waiting: int, prompt_tokens: int) -> TelemetryCost:
@@ -278,6 +302,7 @@ def table(report: SchedulerReport) -> Table:
             row(f"{name}: scheduler and batch", cost.scheduler_and_batch_us, "bold")
             row(f"{name}: {EMIT}", cost.parts_us[EMIT])
             row(f"{name}: worst step", cost.step_worst_us)
+            row(f"{name}: a full garbage collection", cost.collection_us)
             made.add_section()
     for name, microseconds in report.sampling_us.items():
         row(f"sampling, {name}, {report.vocab} logits", microseconds)

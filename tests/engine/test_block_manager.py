@@ -1,10 +1,17 @@
 """Blocks are never lost, shared wrongly or handed out twice; the prefix cache returns what was published."""
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backend.engine.block_manager import BlockManager, chain_hashes
+from backend.engine import block_manager
+from backend.engine.block_manager import BlockManager
+
+
+def chain_hashes(tokens: list[int], block_size: int, known: list[bytes]) -> list[bytes]:
+    return block_manager.chain_hashes(array("q", tokens), block_size, known)
 
 
 def test_chain_hash_covers_everything_before_the_block():

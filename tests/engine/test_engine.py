@@ -1,7 +1,9 @@
 """The engine end to end on a tiny random model: the same tokens however the work is cut, and exactly one end each."""
 
+import gc
 import random
 import time
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -206,6 +208,52 @@ def test_full_queue_is_refused_and_disturbs_nobody():
         for event in engine.step():
             tokens.setdefault(event.request_id, []).append(event.token_id)
     assert {number: len(t) for number, t in tokens.items()} == {0: 2, 1: 2}
+
+
+def test_ended_requests_are_freed_without_garbage_collection():
+    """With thousands of requests waiting, a collection stops the engine for hundreds of milliseconds."""
+    engine = make_engine(max_running=2, max_waiting=4)
+    requests = [
+        Request("completed", [1, 2], greedy(2, n=2)),
+        Request("cancelled while it runs", [1, 2], greedy(20)),
+        Request("cancelled while it waits", [1, 2], greedy(2)),
+        Request("timeout", [1, 2], greedy(100, timeout_s=0.01)),
+        Request("rejected", [1, 2], greedy(2)),
+    ]
+    living = {request.request_id: weakref.ref(request) for request in requests}
+    gc.collect()
+    gc.disable()
+    try:
+        while requests:
+            request = requests.pop(0)
+            try:
+                engine.add(request)
+            except UnavailableError:
+                assert request.request_id == "rejected"
+        del request
+        assert living["rejected"]() is None
+        engine.step()
+        for name in ("cancelled while it runs", "cancelled while it waits"):
+            engine.abort(name)
+        time.sleep(0.02)
+        # The sequences of the last batch are kept until there is another one.
+        engine.add(Request("last", [1, 2], greedy(9)))
+        while engine.has_work:
+            engine.step()
+        assert [name for name, request in living.items() if request() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_garbage_collection_finds_no_lists_of_tokens_in_waiting_requests():
+    """It goes through every item of a list, and nothing within an array."""
+    engine = make_engine(max_running=2, max_waiting=9)
+    requests = [Request(number, [1] * 20, greedy(4)) for number in range(8)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    held = [[*gc.get_referents(sequence), sequence.request.prompt_ids] for r in requests for sequence in r.sequences]
+    assert all(len(item) < 20 for items in held for item in items if isinstance(item, list | tuple))
 
 
 def test_timeout_ends_a_request_with_an_error():

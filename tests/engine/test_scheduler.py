@@ -26,7 +26,8 @@ def run_step(scheduler: Scheduler, next_token=lambda s: 1000 + len(s.tokens)) ->
     """One step with an imaginary model: book, append a token where all known ones are computed, finish at max_tokens."""
     work = scheduler.schedule()
     before = [sequence.num_computed for sequence in work.sequences]
-    ready = scheduler.computed(work)
+    ready = work.ready()
+    scheduler.computed(work)
     after = [sequence.num_computed for sequence in work.sequences]
     assert after == [start + count for start, count in zip(before, work.num_tokens, strict=True)]
     assert ready == [sequence for sequence in work.sequences if sequence.num_computed == len(sequence.tokens)]
@@ -145,7 +146,8 @@ def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_bloc
                 contents[blocks[i]] = (tuple(sequence.tokens[: min((i + 1) * block_size, first + count)]), clean)
             pristine_steps.append(pristine)
             expected.append(clean)
-        ready = scheduler.computed(work, pristine_steps)
+        ready = work.ready()
+        scheduler.computed(work, pristine_steps)
         assert [sequence.pristine for sequence in work.sequences] == expected
         for sequence in ready:
             sequence.tokens.append(len(sequence.tokens) % 2)
@@ -231,7 +233,8 @@ def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]]
         work, next_work = next_work, None
         if work is None or all(sequence.finished for sequence in work.sequences):
             work = scheduler.schedule()
-            ready = scheduler.computed(work)
+            ready = work.ready()
+            scheduler.computed(work)
         else:
             ready = work.sequences
         if ahead and ready:

@@ -25,7 +25,6 @@ from backend.engine.engine import Engine, Event
 from backend.engine.request import Request, RequestEnded, TokenOutput
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError, UnreachableError
 from backend.serving.engine_control import EngineControl
-from backend.serving.launch_processes import yield_to_nobody
 from backend.serving.protocol import (
     EXIT_CONFIG,
     Abort,
@@ -263,7 +262,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--generation", type=int, required=True, help="counts the starts of this engine")
     parser.add_argument("--server-pid", type=int, required=True, help="the engine ends when this process does")
     args = parser.parse_args(argv)
-    yield_to_nobody()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s", stream=sys.stderr)
 
     server: EngineServer | None = None

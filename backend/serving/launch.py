@@ -36,7 +36,6 @@ from backend.serving.launch_processes import (
     has_ended,
     kill_descendants,
     reap_orphans,
-    yield_to_others,
 )
 from backend.serving.launch_workspace import Workspace
 from backend.serving.protocol import RUNTIME_DIR_ENV
@@ -81,7 +80,6 @@ class Launcher:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         become_subreaper()
-        yield_to_others()
         if self._options.log is None:
             _note(f"the server's log is {self._log_path}")
         try:

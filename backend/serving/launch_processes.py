@@ -41,24 +41,6 @@ def die_with_parent() -> Callable[[], None]:
     return set_death_signal
 
 
-def yield_to_others() -> None:
-    """For this process and what it starts from now on: run when a core is free, do not push others off theirs.
-
-    The engine's threads wait for each other in every layer; one that Triton or a stub pushes aside for a moment holds up all.
-    """
-    _set_policy(os.SCHED_BATCH)
-
-
-def yield_to_nobody() -> None:
-    """The engine process, whatever its parent has chosen for itself."""
-    _set_policy(os.SCHED_OTHER)
-
-
-def _set_policy(policy: int) -> None:
-    with contextlib.suppress(OSError):  # a container may forbid it; it only costs speed
-        os.sched_setscheduler(0, policy, os.sched_param(0))
-
-
 def reap_orphans(server_pid: int) -> None:
     """Collect re-parented children that have ended; the server itself is left to its Popen object."""
     while True:

@@ -106,9 +106,9 @@ class Supervisor(threading.Thread):
         path = os.environ.get("PYTHONPATH", "")
         # The engine shares its cores with Triton and the stubs. OpenMP threads that spin for ever while they wait for each
         # other hold up the very thread they wait for: steps took up to 18 times as long on two busy cores. Threads that sleep
-        # at once wait for their waking between any two parallel regions. A short spin (GNU OpenMP counts its turns) is between
-        # the two; a longer one serves a tenth more tokens, but what shares the cores then waits for a tenth of a second at times.
-        env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000", **os.environ}
+        # at once wait for their waking between any two parallel regions. A spin of about a millisecond (GNU OpenMP counts its
+        # turns) lasts from one region to the next and gives way to whatever lasts longer (docs/results/cpu.md).
+        env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", **os.environ}
         env["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
         assert process.stdin is not None

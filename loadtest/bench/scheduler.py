@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import random
@@ -192,18 +193,11 @@ def host_cost(running: int, waiting: int, prompt_tokens: int, steps: int, *, tur
 def _served_cost(
     engine: Engine, running: int, waiting: int, prompt_tokens: int, new_tokens: int, steps: int, turnover: bool
 ) -> HostCost:
-    rng = random.Random(0)
-    logits = torch.randn(2 * running, engine.vocab_size, generator=torch.Generator().manual_seed(0))
-
-    def forward(batch: ForwardBatch, _: object) -> Tensor:
-        start = rng.randrange(running)
-        return logits[start : start + len(batch.logit_rows)]
-
     # The first requests have different shares of their tokens left, as in the middle of a long run.
     lengths = [1 + number * new_tokens // running for number in range(running)] if turnover else []
     _fill(engine, running + waiting, prompt_tokens, lengths + [new_tokens] * (running + waiting - len(lengths)))
     times = PartTimes(engine)
-    with patch.object(engine.runner.model, "forward", forward):
+    with _random_logits(engine, running):
         while len(engine.scheduler.running) < running or any(not s.prompt_computed for s in engine.scheduler.running):
             if not engine.has_work:
                 raise ValueError(f"{waiting} waiting requests are too few to keep {running} running")
@@ -228,8 +222,9 @@ def telemetry_cost(running: int, waiting: int, prompt_tokens: int) -> TelemetryC
     """Of an engine with so many running and waiting requests."""
     engine = _engine(running, waiting, prompt_tokens, prompt_tokens)
     _fill(engine, running + waiting, prompt_tokens, [prompt_tokens] * (running + waiting))
-    while len(engine.scheduler.running) < running:
-        engine.step()
+    with _random_logits(engine, running):
+        while len(engine.scheduler.running) < running:
+            engine.step()
     engine.counters.step_prefill_tokens, engine.counters.step_decode_tokens = 0, running
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         block = Block(Path(folder) / BLOCK_NAME, os.getpid())
@@ -244,6 +239,20 @@ def telemetry_cost(running: int, waiting: int, prompt_tokens: int) -> TelemetryC
         cost = TelemetryCost.of(median_s([step], device, runs=5) * 1e6, median_s([control.write], device, runs=5) * 1e6)
         block.close()
     return cost
+
+
+@contextlib.contextmanager
+def _random_logits(engine: Engine, rows: int) -> Iterator[None]:
+    """Have the model give random logits for up to so many rows, at no cost."""
+    rng = random.Random(0)
+    logits = torch.randn(2 * rows, engine.vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def forward(batch: ForwardBatch, _: object) -> Tensor:
+        start = rng.randrange(rows)
+        return logits[start : start + len(batch.logit_rows)]
+
+    with patch.object(engine.runner.model, "forward", forward):
+        yield
 
 
 def _engine(running: int, waiting: int, prompt_tokens: int, new_tokens: int) -> Engine:

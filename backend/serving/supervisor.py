@@ -107,8 +107,10 @@ class Supervisor(threading.Thread):
         # The engine shares its cores with Triton and the stubs. OpenMP threads that spin for ever while they wait for each
         # other hold up the very thread they wait for: steps took up to 18 times as long on two busy cores. Threads that sleep
         # at once wait for their waking between any two parallel regions. A spin of about a millisecond (GNU OpenMP counts its
-        # turns) lasts from one region to the next and gives way to whatever lasts longer (docs/results/cpu.md).
-        env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", **os.environ}
+        # turns) lasts from one region to the next and gives way to whatever lasts longer (docs/results/cpu.md). Several
+        # engines hold each other up, and spin for a fifth of that.
+        spins = 100_000 if len(self._config.devices) == 1 else 20_000
+        env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(spins), **os.environ}
         env["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
         assert process.stdin is not None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from prometheus_client.metrics_core import Metric
 
 from backend.serving.launch_client import RunningServer
+from backend.serving.metrics import FLUSH_PERIOD_S
 from tests.server.observe import read_families, read_metric
 from tests.server.talk import ASK, ServerError, generate, sampling
 from tests.waiting import wait_until
@@ -87,6 +90,7 @@ def name_of(family: Metric) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def some_traffic(server: RunningServer) -> None:
+    time.sleep(1.5 * FLUSH_PERIOD_S)  # until what earlier tests asked for is counted
     before = read_metric(server, "moe_requests_total")
     for ask in ASK.values():
         ask(server, {"text_input": "Hi", "sampling_parameters": sampling(max_tokens=4)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from backend.elastic.worker_pool import WorkerPool
 from backend.engine.batch import BatchBuilder, build_batch
 from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
 from backend.engine.request import Request
+from backend.engine.sampler import SampleRow, sample
 from backend.engine.sampling_params import SamplingParams
 from backend.engine.scheduler import Schedule
 from backend.errors import ConfigError
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 _CPU_KV_LIMIT_BYTES = 2**30
 _GPU_FREE_SHARE = 0.85
 #: Tokens of the prefill steps that are run at the start, beside the largest: kernels differ with sizes and divisibility.
-_WARM_UP_TOKENS = (5, 100, 600)
+_WARM_UP_TOKENS = (5, 20, 40, 100, 200, 300, 400, 600)
 #: Shortest context of the single tokens that are computed at the start; attention splits longer ones into more parts.
 _WARM_UP_CONTEXT = 256
 
@@ -97,7 +98,7 @@ class ModelRunner:
         #: Decode steps as CUDA graphs; None: every step is launched kernel by kernel.
         self.graphs = self.make_graphs(config, cuda_graphs()) if use_graphs else None
         if self.device.type != "cpu":
-            self._warm_up(config.max_batch_tokens)
+            self._warm_up(config, [level.settings() for level in profile.levels] if profile is not None else [])
         if self.device.type == "cpu":
             from backend.kernels.cpu.warm_up import warm_up
 
@@ -115,18 +116,32 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _warm_up(self, max_batch_tokens: int) -> None:
-        """Run prefill steps of several sizes, single tokens in contexts of several lengths, and capture the decode steps.
+    def _warm_up(self, config: EngineConfig, levels: Sequence[Settings]) -> None:
+        """Run prefill steps of several sizes, single tokens in contexts of several lengths, capture the decode steps, and sample.
 
-        Kernels are compiled here and not in the middle of a request, and if the memory does not suffice, that shows now.
+        Kernels are compiled here and not in the middle of a request, those of all `levels` of brownout too, and if the memory
+        does not suffice, that shows now.
         """
-        most = min(max_batch_tokens, self.num_blocks * self.block_size)
-        for tokens in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
-            self.model.forward(self._prompts(tokens), self.kv_cache)
-        for length in _doubling(_WARM_UP_CONTEXT, self.max_model_len):
-            self.model.forward(self._last_token(length), self.kv_cache)
-        if self.graphs is not None:
-            self.graphs.capture_all(self.model.variant)
+        most = min(config.max_batch_tokens, self.num_blocks * self.block_size)
+        done = set()
+        for settings in (Settings(), *levels):
+            try:
+                self.apply(settings)
+            except ConfigError:
+                continue  # whoever asks for this level will be told what is lacking
+            if self.model.variant in done:
+                continue
+            done.add(self.model.variant)
+            for tokens in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
+                self.model.forward(self._prompts(tokens), self.kv_cache)
+            for length in _doubling(_WARM_UP_CONTEXT, self.max_model_len):
+                self.model.forward(self._last_token(length), self.kv_cache)
+            if self.graphs is not None:
+                self.graphs.capture_all(self.model.variant)
+        self.apply(Settings())
+        rows = min(config.max_running, config.max_batch_tokens)
+        logits = torch.zeros(rows, self.model.config.vocab_size, device=self.device)
+        sample(logits, [SampleRow(SamplingParams(top_p=0.9), seed=0, position=0)] * rows)
         self.forget_steps()
         for part in (*self.kv_cache.k, *self.kv_cache.v):
             part.zero_()

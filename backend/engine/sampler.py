@@ -30,8 +30,10 @@ from backend.kernels.transfer import HostCopy, to_device
 __all__ = ["SampleRow", "Sampled", "Sampling", "sample", "uniform"]
 
 CHUNK = 64
-#: Elements of a tile on a CPU (4 MiB of float32); other devices take all rows of a group at once.
+#: Elements of a tile on a CPU (4 MiB of float32); other devices take all rows of a group at once …
 TILE_ELEMENTS = 2**20
+#: … but for rows whose filters sort them: that takes some 60 bytes an element, beside a KV cache that fills the memory.
+SORTED_ELEMENTS = 2**23
 #: Candidates kept for rows with a top_k up to this …
 SMALL_TOP_K = 64
 #: … and for other filtered rows on a CPU, if the vocabulary is large; few rows' filters keep more.
@@ -79,7 +81,7 @@ class Sampling:
         chosen: list[Tensor] = [logits.new_empty(0, dtype=torch.int64)]
         for kind, members in groups.items():
             order += members
-            for tile in _tiles(members, logits):
+            for tile in _tiles(members, logits, SORTED_ELEMENTS if kind == _FILTERED else None):
                 tile_rows = [rows[i] for i in tile]
                 chosen.append(_choose(kind, penalised(_take(logits, tile), tile_rows), tile_rows))
         tokens = torch.cat(chosen)
@@ -135,8 +137,11 @@ def _kind(params: SamplingParams, logits: Tensor) -> int:
     return _PLAIN
 
 
-def _tiles(members: list[int], logits: Tensor) -> Iterator[list[int]]:
-    size = max(1, TILE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(members)
+def _tiles(members: list[int], logits: Tensor, most_elements: int | None = None) -> Iterator[list[int]]:
+    """`most_elements` of a tile on other devices than a CPU; None: all rows at once."""
+    if logits.device.type == "cpu":
+        most_elements = TILE_ELEMENTS
+    size = len(members) if most_elements is None else max(1, most_elements // logits.shape[1])
     for start in range(0, len(members), size):
         yield members[start : start + size]
 
@@ -295,9 +300,7 @@ def _sample_filtered(x: Tensor, maxima: Tensor, best: Tensor, *columns: Tensor) 
     """[G, 1] tokens of rows whose filters may keep any number of tokens."""
     vocab = x.shape[1]
     if x.device.type != "cpu":
-        keys = _keys(x, torch.arange(vocab, device=x.device))
-        ids = _ids_of(keys.sort(descending=True).values)
-        return _sample_prefix(x.gather(1, ids), ids, None, *columns)[0]
+        return _sample_sorted(x, *columns)
     weights = _weights(x, best, columns[1])
     if vocab > LARGE_VOCABULARY:
         mass = _to_units(_chunked(weights, torch.sum), _UNIT).sum(-1, keepdim=True)
@@ -311,6 +314,12 @@ def _sample_filtered(x: Tensor, maxima: Tensor, best: Tensor, *columns: Tensor) 
         u, _, *filters = (column.flatten().numpy() for column in columns)
         tokens[rows, 0] = torch.from_numpy(sample_rows(weights.numpy(), rows.numpy(), u, *filters))
     return tokens
+
+
+def _sample_sorted(x: Tensor, *columns: Tensor) -> Tensor:
+    """`_sample_filtered` without a look at the numbers, which would make the host wait for the device."""
+    values, ids = x.sort(descending=True, stable=True)  # the lowest id first among equals
+    return _sample_prefix(values, ids, None, *columns)[0]
 
 
 # --- log-probabilities ----------------------------------------------------------------------------------------------

@@ -33,15 +33,18 @@ class ExpertWeights:
     def append(self, w13: Tensor, w2: Tensor) -> slice:
         """More slots, with these weights [n, 2 * I, M] and [n, M, I]; returns which. The tensors are replaced, as in `widen`."""
         first = len(self.w13)
-        self.w13 = torch.cat([self.w13, w13])
-        self.w2 = torch.cat([self.w2, w2])
+        # Both before either goes: a device's allocator would put the second into what the first one leaves, and could not
+        # give the rest of that back.
+        self.w13, self.w2 = torch.cat([self.w13, w13]), torch.cat([self.w2, w2])
         return slice(first, len(self.w13))
 
     def quantize(self) -> None:
         """Store weights as float8 (e4m3) with a factor for each output row; the tensors are replaced, as in `widen`."""
-        self.w13, scale_13 = _quantized(self.w13)
-        self.w2, scale_2 = _quantized(self.w2)
-        self.scales = scale_13, scale_2
+        (w13, scale_13), (w2, scale_2) = (
+            _quantized(self.w13),
+            _quantized(self.w2),
+        )  # both before either goes, as in `append`
+        self.w13, self.w2, self.scales = w13, w2, (scale_13, scale_2)
 
     def widen(self, times: int) -> None:
         """Repeat every intermediate neuron `times` times and divide w2 by it: the same function, `times` the cost.

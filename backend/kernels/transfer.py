@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: Parts of a packed copy begin at multiples of this: kernels read 16 bytes at once.
 _ALIGNMENT = 16
+#: torch rounds each allocation of pinned memory up to a power of 2.
+_PINNED_BYTES = 2**30
 
 
 class HostCopy:
@@ -34,6 +36,21 @@ class HostCopy:
 def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Pinned memory: a GPU reads and writes it while the host goes on."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+def pinned(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies in pinned memory, packed: each by itself would be rounded up to a power of 2."""
+    copies: dict[str, Tensor] = {}
+    left = torch.empty(0, dtype=dtype)
+    numbers_left = sum(tensor.numel() for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        if tensor.numel() > len(left):
+            piece = max(tensor.numel(), min(numbers_left, _PINNED_BYTES // dtype.itemsize))
+            left = host_buffer((piece,), dtype)
+        place, left = left[: tensor.numel()], left[tensor.numel() :]
+        copies[name] = place.view(tensor.shape).copy_(tensor)
+        numbers_left -= tensor.numel()
+    return copies
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

@@ -128,7 +128,11 @@ def _entries(path: Path) -> tuple[dict[str, object], ...]:
 
 
 def _nearest(entries: Iterable[dict[str, object]], shape: ExpertShape) -> dict[str, TileConfig] | None:
-    """The entry of the same phase whose rows per slot and number of slots are nearest, in octaves."""
+    """The entry of the same phase whose rows per slot and number of slots are nearest, in octaves.
+
+    In decode only those, if there are any, whose tiles have the rows that the rule asks for: a slot that every token has would
+    be read more than once.
+    """
 
     def distance(candidate: dict[str, object]) -> tuple[float, float]:
         rows = candidate["tokens"] * candidate["top_k"]
@@ -140,6 +144,9 @@ def _nearest(entries: Iterable[dict[str, object]], shape: ExpertShape) -> dict[s
     same_phase = [candidate for candidate in entries if candidate["phase"] == shape.phase]
     if not same_phase:
         return None
+    if shape.phase == "decode":
+        rows = default_tiles(shape)["gate_up"].rows
+        same_phase = [one for one in same_phase if one["gate_up"]["rows"] >= rows] or same_phase
     best = min(same_phase, key=distance)
     return {kernel: TileConfig(**best[kernel]) for kernel in KERNELS}
 

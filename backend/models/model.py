@@ -164,11 +164,18 @@ class MoeModel:
         """See `MoeBlock.fold_shared`."""
         for block in self.moe_blocks:
             block.fold_shared()
+            self._give_back()
 
     def quantize_experts(self) -> None:
         """Store the weights of all slots as float8 with a factor for each output row."""
         for block in self.moe_blocks:
             block.experts.quantize()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """What a layer's replaced weights have left over, before the next layer's get a part of it and keep all of it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def set_thresholds(self, table: Sequence[Sequence[float]] | Tensor) -> None:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""

@@ -23,6 +23,7 @@ from backend.errors import ConfigError
 from backend.experts.mover import mover_for
 from backend.experts.options import PoolOptions
 from backend.experts.resident import ResidentPool
+from backend.kernels.transfer import pinned
 from backend.models import dummy, mixtral, olmoe, qwen2_moe, qwen3_moe
 from backend.models.config import ModelConfig, token_ids
 from backend.models.model import MoeModel
@@ -147,7 +148,7 @@ def _use_pool(model: MoeModel, options: PoolOptions, absent: Mapping[str, Tensor
     if path is not None and path.exists() and options.expert_prefetch in ("auto", "predictor"):
         predictor = LoadPredictor.read(path, checkpoint_fingerprint(folder))
     if model.device.type == "cuda":
-        absent = {name: tensor.to(model.dtype).pin_memory() for name, tensor in absent.items()}
+        absent = pinned(absent, model.dtype)
     waits = [options.expert_miss == "wait" or index >= NEVER for index in range(len(TOKEN_CLASSES))]
     mover, prefetch = mover_for(model.device), options.expert_prefetch != "none"
     pool = ResidentPool(mover, model.kernels, waits, predictor, prefetch, len(model.moe_blocks))

@@ -9,6 +9,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from backend.models.dummy import SHAPES
 from loadtest.bench import engine, kernels, options, precompile, scheduler, server
 from loadtest.bench.budget import Budget
 from loadtest.bench.engine_tables import show
-from loadtest.bench.interpreter import INTERPRETER, kernels_on
+from loadtest.bench.interpreter import INTERPRETER, interpreting, kernels_on
+from loadtest.bench.peer_process import PeerSpec
 from loadtest.bench.rounds import not_measured
 from loadtest.bench.workload import Workload, machine, write_json
 
@@ -62,7 +64,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     with kernels_on(args.device) as device:
         kind = INTERPRETER if args.device == INTERPRETER else device.type
         shapes = {"cpu": "cpu-m", INTERPRETER: "tiny"}
-        result = run(
+        result = AllBenchmarks(
             shape=args.shape or shapes.get(kind, "qwen1.5-moe-a2.7b"),
             work=_work(args, kind),
             device=device,
@@ -73,7 +75,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
             budget=Budget(args.budget),
             write=lambda partial: write_json(args.json, partial),
             console=console,
-        )
+        ).run()
     console.print(summary(result))
     console.print(f"Wrote {args.json}.")
     return 0 if result["ok"] else 1
@@ -86,124 +88,133 @@ def _work(args: argparse.Namespace, kind: str) -> Workload:
     return default if given == options.DEFAULT_WORK else given
 
 
-def run(
-    *,
-    shape: str,
-    work: Workload,
-    device: torch.device,
-    dtype: str,
-    runs: int,
-    peers: list,
-    skewed: bool = False,
-    budget: Budget,
-    write: Callable[[dict], None],
-    console: Console,
-) -> dict:
-    """Run the parts in turn; one that fails or finds the budget spent is entered with the reason, and the next one begins.
+@dataclass
+class AllBenchmarks:
+    """The parts in turn; one that fails or finds the budget spent is entered with the reason, and the next one begins.
 
     With `skewed` the engine is also measured with skewed routing, without peers. `write` is called with the result whenever
-    it has grown. `ok`: nothing failed and every kernel is right.
+    it has grown.
     """
-    result: dict = {"shape": shape, "workload": work, "machine": machine(), "ok": True}
-    checkpoint = f"dummy:{shape}"
 
-    def part(name: str, measure: Callable[[Budget], None]) -> None:
-        if budget.spent:
-            result[name] = {"skipped": "the budget was spent"}
+    shape: str
+    work: Workload
+    device: torch.device
+    dtype: str
+    runs: int
+    peers: list[PeerSpec]
+    budget: Budget
+    write: Callable[[dict], None]
+    console: Console
+    skewed: bool = False
+    #: What has been measured so far, by part; `ok`: nothing failed and every kernel is right.
+    result: dict = field(default_factory=dict)
+
+    def run(self) -> dict:
+        """Measure everything; returns `result`."""
+        self.result |= {"shape": self.shape, "workload": self.work, "machine": machine(), "ok": True}
+        if self.device.type == "cuda":
+            self._part("compile", self._compile)
+        self._part("kernels", self._kernels)
+        self._part("engine", lambda limit: self._engine(limit, "engine", "uniform", self.peers))
+        if self.skewed:
+            name = "engine, skewed routing"
+            self._part(name, lambda limit: self._engine(limit, name, SKEWED, []))
+        self._part("server", self._server)
+        self._part("scheduler", self._scheduler)
+        self.write(self.result)
+        return self.result
+
+    @property
+    def _checkpoint(self) -> str:
+        return f"dummy:{self.shape}"
+
+    def _part(self, name: str, measure: Callable[[Budget], None]) -> None:
+        if self.budget.spent:
+            self.result[name] = {"skipped": "the budget was spent"}
             return
-        share = None if budget.seconds is None else budget.left_s * _SHARES[name]
+        share = None if self.budget.seconds is None else self.budget.left_s * _SHARES[name]
         started = time.monotonic()
-        with console.status(f"{name} of {checkpoint}"):
+        with self.console.status(f"{name} of {self._checkpoint}"):
             try:
                 measure(Budget(share))
             except Exception as error:  # the other parts are to be measured whatever happens in this one
-                result["ok"] = False
-                result[name] = {**_as_dict(result.get(name)), "error": f"{type(error).__name__}: {error}"}
-                console.print(f"{name}: {error}", style="red", markup=False)
-        result.setdefault("seconds", {})[name] = time.monotonic() - started
+                self.result["ok"] = False
+                self.result[name] = {**_as_dict(self.result.get(name)), "error": f"{type(error).__name__}: {error}"}
+                self.console.print(f"{name}: {error}", style="red", markup=False)
+        self.result.setdefault("seconds", {})[name] = time.monotonic() - started
         gc.collect()  # an engine of the part before
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        write(result)
+        self.write(self.result)
 
-    def enter(name: str) -> Callable[[object], None]:
-        def keep(partial: object) -> None:
-            result[name] = partial
-            write(result)
+    def _enter(self, name: str, partial: object) -> None:
+        self.result[name] = partial
+        self.write(self.result)
 
-        return keep
-
-    def compile_beforehand(limit: Budget) -> None:
+    def _compile(self, limit: Budget) -> None:
         ways = ",".join(str(way) for way in sorted({way for way, _ in BROWNOUT_POINTS}))
         config = EngineConfig(
-            checkpoint=checkpoint, device=str(device), dtype=dtype, united=ways, **engine.sizes_for(work, on_gpu=True)
+            checkpoint=self._checkpoint,
+            device=str(self.device),
+            dtype=self.dtype,
+            united=ways,
+            **engine.sizes_for(self.work, on_gpu=True),
         )
-        enter("compile")({"pieces": precompile.compile_all(config, kernels.dtype_of(dtype, device), limit.left_s)})
+        pieces = precompile.compile_all(config, kernels.dtype_of(self.dtype, self.device), limit.left_s)
+        self._enter("compile", {"pieces": pieces})
 
-    def measure_kernels(limit: Budget) -> None:
-        kind = kernels.dtype_of(dtype, device)
-        for report in kernels.measure(kernels_for(device), device, kind, [shape], runs, limit):
-            enter("kernels")(report)
-        result["ok"] &= report.correct
-        kernels.show(report, console, None)
+    def _kernels(self, limit: Budget) -> None:
+        dtype = kernels.dtype_of(self.dtype, self.device)
+        for report in kernels.measure(kernels_for(self.device), self.device, dtype, [self.shape], self.runs, limit):
+            self._enter("kernels", report)
+        self.result["ok"] &= report.correct
+        kernels.show(report, self.console, None)
 
-    def measure_scheduler(limit: Budget) -> None:
-        for report in scheduler.measure(
-            running=256, waiting=10_000, prompt_tokens=128, steps=200, vocab=8192, budget=limit
-        ):
-            enter("scheduler")(report)
-        console.print(scheduler.table(report))
+    def _engine(self, limit: Budget, name: str, routing: str, peers: list[PeerSpec]) -> None:
+        measured = engine.run(
+            checkpoint=self._checkpoint,
+            work=self.work,
+            settings=Settings(),
+            device=str(self.device),
+            dtype=self.dtype,
+            routing=routing,
+            runs=self.runs,
+            peers=peers,
+            points={
+                f"{way}-way, threshold {theta:g}": Settings(threshold_prefill=theta, threshold_decode=theta, way=way)
+                for way, theta in BROWNOUT_POINTS
+            },
+            profile=True,
+            kernel_profile=True,
+            budget=limit,
+            write=lambda partial: self._enter(name, partial),
+        )
+        self.result["ok"] &= not any("error" in peer for peer in measured.get("peers", {}).values())
+        add_floors(measured, self.result.get("kernels"))
+        self._enter(name, measured)
+        show(measured, f"{self._checkpoint}, routing {routing}", self.console)
 
-    def measure_engine(name: str, routing: str, beside: list) -> Callable[[Budget], None]:
-        points = {
-            f"{way}-way, threshold {threshold:g}": Settings(
-                threshold_prefill=threshold, threshold_decode=threshold, way=way
-            )
-            for way, threshold in BROWNOUT_POINTS
-        }
-
-        def measure(limit: Budget) -> None:
-            measured = engine.run(
-                checkpoint=checkpoint,
-                work=work,
-                settings=Settings(),
-                device=str(device),
-                dtype=dtype,
-                routing=routing,
-                runs=runs,
-                peers=beside,
-                points=points,
-                profile=True,
-                kernel_profile=True,
-                budget=limit,
-                write=enter(name),
-            )
-            result["ok"] &= not any("error" in peer for peer in measured.get("peers", {}).values())
-            add_floors(measured, result.get("kernels"))
-            enter(name)(measured)
-            show(measured, f"{checkpoint}, routing {routing}", console)
-
-        return measure
-
-    def measure_server(limit: Budget) -> None:
+    def _server(self, limit: Budget) -> None:
         try:
             measured = server.run(
-                checkpoint=checkpoint, work=work, dtype=dtype, device=str(device), runs=runs, budget=limit
+                checkpoint=self._checkpoint,
+                work=self.work,
+                dtype=self.dtype,
+                device=str(self.device),
+                runs=self.runs,
+                budget=limit,
             )
         except (ConfigError, ImportError) as error:  # not every machine has what a server needs
             measured = {"skipped": f"{type(error).__name__}: {error}"}
-        enter("server")(measured)
+        # The server's engine is a process of its own, whose kernels are not interpreted.
+        self._enter("server", {**measured, "engine_alone_interpreted": interpreting()})
 
-    if device.type == "cuda":
-        part("compile", compile_beforehand)
-    part("kernels", measure_kernels)
-    part("engine", measure_engine("engine", "uniform", peers))
-    if skewed:
-        part("engine, skewed routing", measure_engine("engine, skewed routing", SKEWED, []))
-    part("server", measure_server)
-    part("scheduler", measure_scheduler)
-    write(result)
-    return result
+    def _scheduler(self, limit: Budget) -> None:
+        for report in scheduler.measure(
+            running=256, waiting=10_000, prompt_tokens=128, steps=200, vocab=8192, budget=limit
+        ):
+            self._enter("scheduler", report)
+        self.console.print(scheduler.table(report))
 
 
 def add_floors(measured: dict, report: object) -> None:
@@ -261,4 +272,6 @@ def _line(name: str, part: object) -> str:
                 else:
                     lines.append(label.format(other, figures["ratio"]["decode_tokens_per_s"]))
         return "\n".join(lines)
+    if part.get("engine_alone_interpreted"):
+        return f"through Triton {part['server_tokens_per_s']:.0f} tokens/s, on CPU kernels"
     return f"through Triton {part['ratio']:.2f} of the engine alone"

@@ -80,7 +80,9 @@ class Routing:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen1.5-moe-a2.7b", help="sizes of this model")
     parser.add_argument("--united-ways", type=int, nargs="*", default=[8], help="ways of united experts with slots")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 2048, 8192], help="rows of a step")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 4, 16, 32, 64, 256, 2048, 8192], help="rows of a step"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default cuda); interpreter: only to try it")
     parser.add_argument("--budget-s", type=float, default=300.0, help="stop after this many seconds (default 300)")

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 
 from triton.runtime.interpreter import InterpretedFunction
 
+from backend.brownout.profile import Level, Profile
 from backend.brownout.settings import Settings
 from backend.config import EngineConfig
 from backend.engine import model_runner
@@ -194,6 +195,23 @@ def test_a_step_stays_on_the_device_and_waits_once(gpu, graphs: str, mechanism: 
         assert gpu.waits - waits <= (1 if mechanism is None else 2), "tokens, and what brownout replaced"
         assert steps < 30
     assert steps >= 6 and gpu.launches > launches
+
+
+def test_all_levels_of_the_profile_are_compiled_and_captured_at_the_start(gpu, monkeypatch) -> None:
+    """Those that the engine cannot follow (here: without united experts) are left out."""
+    level = Level("united", 0, 1.0, 1.0, 0.0, 8.0, 2.0, 1.0)
+    deeper = [
+        replace(level, threshold_decode=t, mechanism=m) for m, t in (("drop", 0.5), ("drop", 0.0), ("top_k", 0.5))
+    ]
+    missing = replace(level, threshold_decode=0.0, way=4)
+    profile = Profile("tiny", "", 1, "score", (level, *deeper, missing))
+    monkeypatch.setattr(model_runner, "find_profile", lambda *_: profile)
+    runner = make_engine(cuda_graphs="on").runner
+    captured = set(runner.graphs._captured)
+    assert captured == {
+        (rows, (mechanism, "count")) for rows in runner.graphs.buckets for mechanism in ("united", "drop", "top_k")
+    }
+    assert runner.model.variant == ("united", "count") and not any(runner.browned_classes)
 
 
 def test_a_decode_step_is_few_launches(gpu) -> None:

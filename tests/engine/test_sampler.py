@@ -214,6 +214,22 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample(logits, rows) == expected
 
 
+def test_a_device_that_sorts_whole_rows_chooses_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (torch.randn(32, 3000) * 4).round() / 4  # with ties
+    params = [
+        SamplingParams(top_p=0.3 + 0.02 * i, min_p=0.01 * (i % 3), top_k=(0, 500)[i % 2], temperature=0.5 + 0.1 * i)
+        for i in range(32)
+    ]
+    rows = [SampleRow(one, seed, 3) for seed, one in enumerate(params)]
+    expected = sample(logits, rows)
+    monkeypatch.setattr(
+        sampler, "_sample_filtered", lambda x, maxima, best, *columns: sampler._sample_sorted(x, *columns)
+    )
+    assert sample(logits, rows) == expected
+    tiles = list(sampler._tiles(list(range(9)), torch.empty(9, 2**21, device="meta"), sampler.SORTED_ELEMENTS))
+    assert tiles == [[0, 1, 2, 3], [4, 5, 6, 7], [8]], "what is sorted at once is bounded"
+
+
 def test_same_seed_and_position_give_the_same_token_and_others_do_not() -> None:
     logits = torch.zeros(1, 100_000)
     tokens = {

@@ -56,6 +56,16 @@ def test_the_nearest_tuned_entry_of_the_phase_is_used(tmp_path: Path) -> None:
     assert expert_tiles(replace(SHAPE, device="other"), tmp_path) == default_tiles(SHAPE)
 
 
+def test_a_decode_step_gets_tiles_for_all_its_rows_if_some_are_tuned(tmp_path: Path) -> None:
+    shapes = [replace(SHAPE, tokens=tokens) for tokens in (16, 64)]
+    write_entries(tmp_path, SHAPE, [entry(shape, default_tiles(shape)) for shape in shapes])
+    for tokens, rows in [(3, 16), (16, 16), (17, 64), (31, 64)]:
+        assert expert_tiles(replace(SHAPE, tokens=tokens), tmp_path)["gate_up"].rows == rows
+    few = tmp_path / "few"
+    write_entries(few, SHAPE, [entry(shapes[0], default_tiles(shapes[0]))])
+    assert expert_tiles(replace(SHAPE, tokens=31), few) == default_tiles(shapes[0]), "better than none"
+
+
 def test_later_entries_replace_those_of_the_same_sizes_only(tmp_path: Path) -> None:
     first, second = default_tiles(SHAPE), {k: replace(t, num_stages=2) for k, t in default_tiles(SHAPE).items()}
     other = replace(SHAPE, tokens=1)

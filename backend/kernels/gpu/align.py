@@ -70,8 +70,11 @@ def align(slots: Tensor, num_slots: int, tile: int) -> tuple[Tensor, Tensor, Ten
     num_assignments = slots.numel()
     # Every list that is not empty wastes at most tile - 1 places.
     num_tiles = (num_assignments + min(num_slots, num_assignments) * (tile - 1)) // tile
-    empty = torch.empty(num_tiles * tile + 2 * num_slots + num_tiles, dtype=torch.int32, device=slots.device)
-    order, begins, counts, tile_slots = empty.split((num_tiles * tile, num_slots, num_slots, num_tiles))
+    sizes = (num_tiles * tile, num_slots, num_slots, num_tiles)
+    # Kernels are compiled for what begins at 16 bytes, and once more for what does not.
+    places = [-(-size // 4) * 4 for size in sizes]
+    empty = torch.empty(sum(places), dtype=torch.int32, device=slots.device)
+    order, begins, counts, tile_slots = (part[:size] for part, size in zip(empty.split(places), sizes, strict=True))
     _align_kernel[(num_slots + 1,)](
         slots.contiguous(),
         order,

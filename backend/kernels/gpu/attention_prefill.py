@@ -72,7 +72,8 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["stride_table"])
+# The tables of prompts that stand behind decoding sequences begin anywhere: no other kernel for each such place.
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tables_ptr"])
 def _prefill_kernel(
     q_ptr,  # [T, H, D]
     k_cache_ptr,  # [N, C, G, D]

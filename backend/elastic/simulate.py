@@ -38,6 +38,7 @@ from backend.elastic.kernel_fit import fit_kernels
 from backend.elastic.picture import draw
 from backend.elastic.policies import ElasticOptions
 from backend.elastic.routing import RoutingPool, generate
+from backend.elastic.simulator import Workload
 from backend.elastic.tables import show
 from backend.elastic.united import profile_loss, published_loss
 from backend.errors import ConfigError
@@ -110,30 +111,64 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
     """The whole experiment as JSON values."""
-    model = parse_config(raw_config(PREFIX + args.shape))
-    kernels = fit_kernels(args.kernels, args.shape) if args.kernels else None
-    given = _constants(args.constant)
-    cost = CostModel.of(model, args.hardware, **{**(kernels.constants() if kernels else {}), **given})
-    pool = _pool(args, model.num_experts, model.top_k, progress)
-    slots = args.slots if args.slots is not None else -(-pool.num_experts * 4 // (3 * args.devices))
-    if slots * args.devices < pool.num_experts:
-        raise ConfigError(f"{slots} slots on each of {args.devices} devices do not hold {pool.num_experts} experts")
-    setup = Setup(
-        cost,
-        slots,
-        ElasticOptions(keep_alive_s=args.keep_alive, straggler_factor=args.straggler_factor),
-        args.threshold,
-        args.rebalance,
-        profile_loss(args.profile) if args.profile else published_loss(),
-    )
-    arrivals = _arrivals(args)
+    return _Experiment(args, progress).run()
 
-    def workload(seconds: float, window: int = 0):
+
+class _Experiment:
+    """Routing, load, and costs as the arguments ask for them, and policies run on them."""
+
+    def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
+        self._args, self._progress = args, progress
+        self._model = parse_config(raw_config(PREFIX + args.shape))
+        self._kernels = fit_kernels(args.kernels, args.shape) if args.kernels else None
+        self._given = _constants(args.constant)
+        constants = {**(self._kernels.constants() if self._kernels else {}), **self._given}
+        self._cost = CostModel.of(self._model, args.hardware, **constants)
+        self._pool = _pool(args, self._model.num_experts, self._model.top_k, progress)
+        num_experts = self._pool.num_experts
+        self._slots = args.slots if args.slots is not None else -(-num_experts * 4 // (3 * args.devices))
+        if self._slots * args.devices < num_experts:
+            raise ConfigError(
+                f"{self._slots} slots on each of {args.devices} devices do not hold {num_experts} experts"
+            )
+        self._setup = Setup(
+            self._cost,
+            self._slots,
+            ElasticOptions(keep_alive_s=args.keep_alive, straggler_factor=args.straggler_factor),
+            args.threshold,
+            args.rebalance,
+            profile_loss(args.profile) if args.profile else published_loss(),
+        )
+        self._arrivals = _arrivals(args)
+        self._ablated = [] if args.no_ablations else list(ABLATIONS)
+
+    def run(self) -> dict[str, object]:
+        work = self._workload(self._args.seconds)
+        names = self._args.policies.split(",")
+        policies = {name: self._simulated(name, name, work, self._setup) for name in names}
+        ablations = {name: self._simulated(name, name, work, self._setup) for name in self._ablated}
+        everything = {**policies, **ablations}
+        windows = self._windows()
+        return {
+            "policies": policies,
+            "ablations": ablations,
+            "against_static": against(everything, "static", list(everything)) if "static" in policies else {},
+            "fronts": {key: front(everything, key) for key in ("layer_ms_p50", "layer_ms_p99", "layer_ms_mean")},
+            "windows": {
+                base: spread([against(rows, base, names) for rows in windows]) if windows else {}
+                for base, names in (("static", WINDOWED), ("eplb", WINDOWED), ("moeless", self._ablated))
+            },
+            "sensitivity": self._sensitivity([name for name in SENSITIVE if name in policies]),
+            **self._described(len(work.arrivals)),
+        }
+
+    def _workload(self, seconds: float, window: int = 0) -> Workload:
+        args = self._args
         return make_workload(
-            arrivals.window(seconds, args.rate_scale, window * seconds),
-            pool,
+            self._arrivals.window(seconds, args.rate_scale, window * seconds),
+            self._pool,
             devices=args.devices,
-            layers=model.num_layers,
+            layers=self._model.num_layers,
             distance=args.distance,
             drift_s=args.drift,
             seed=args.seed + window,
@@ -141,79 +176,75 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, object]:
             max_running=args.max_running,
         )
 
-    work = workload(args.seconds)
-
-    def simulated(name: str, title: str, work, setup: Setup) -> dict[str, object]:
+    def _simulated(self, name: str, title: str, work: Workload, setup: Setup) -> dict[str, object]:
         end = float(work.arrivals.arrival_s[-1])
-        task = progress.add_task(title, total=end)
-        result = run_policy(name, work, setup, lambda now: progress.update(task, completed=min(now, end)))
-        progress.remove_task(task)
+        task = self._progress.add_task(title, total=end)
+        result = run_policy(name, work, setup, lambda now: self._progress.update(task, completed=min(now, end)))
+        self._progress.remove_task(task)
         return result
 
-    policies = {name: simulated(name, name, work, setup) for name in args.policies.split(",")}
-    ablated = [] if args.no_ablations else list(ABLATIONS)
-    ablations = {name: simulated(name, name, work, setup) for name in ablated}
-    windows = []
-    if args.windows > 1:
-        for window in range(args.windows):
-            rows = {
-                name: simulated(name, f"window {window + 1}: {name}", workload(args.seconds, window), setup)
-                for name in (*WINDOWED, *ablated)
+    def _windows(self) -> list[dict[str, dict[str, object]]]:
+        """Policies by name in each of several windows, if more than one is asked for."""
+        if self._args.windows <= 1:
+            return []
+        return [
+            {
+                name: self._simulated(
+                    name, f"window {window + 1}: {name}", self._workload(self._args.seconds, window), self._setup
+                )
+                for name in (*WINDOWED, *self._ablated)
             }
-            windows.append(rows)
-    sensitivity = []
-    if args.sensitivity:
-        short = workload(args.seconds / 4)
-        names = [name for name in SENSITIVE if name in policies]
-        for constant, factor, changed in [("none", 1.0, setup), *variations(setup)]:
-            rows = {name: simulated(name, f"{constant} × {factor:g}: {name}", short, changed) for name in names}
-            sensitivity.append({"constant": constant, "factor": factor, "policies": rows})
-    return {
-        "policies": policies,
-        "ablations": ablations,
-        "against_static": against({**policies, **ablations}, "static", [*policies, *ablations])
-        if "static" in policies
-        else {},
-        "fronts": {
-            key: front({**policies, **ablations}, key) for key in ("layer_ms_p50", "layer_ms_p99", "layer_ms_mean")
-        },
-        "windows": {
-            base: spread([against(rows, base, names) for rows in windows]) if windows else {}
-            for base, names in (("static", WINDOWED), ("eplb", WINDOWED), ("moeless", ablated))
-        },
-        "sensitivity": sensitivity,
-        "workload": {
-            "arrivals": arrivals.source,
-            "requests": len(work.arrivals),
-            "windows": args.windows,
-            "seconds": args.seconds,
-            "rate_scale": args.rate_scale,
-            "routing": pool.source,
-            "drift_s": args.drift,
-            "predictor_recall_by_layer": [None if value != value else value for value in pool.recall()],
-            "devices": args.devices,
-            "slots_per_device": slots,
-            "layers": model.num_layers,
-            "layers_simulated": pool.num_layers,
-            "seed": args.seed,
-        },
-        "cost_model": {
-            "shape": args.shape,
-            "hardware": args.hardware,
-            "assumed": kernels is None,
-            "kernels": asdict(kernels) if kernels else None,
-            "given": sorted(given),
-            **cost.constants(),
-        },
-        "settings": {
-            "keep_alive_s": args.keep_alive,
-            "straggler_factor": args.straggler_factor,
-            "threshold": args.threshold,
-            "rebalance_s": args.rebalance,
-            "distance": args.distance,
-            "quality_loss_from": setup.loss.source if setup.loss else None,
-        },
-    }
+            for window in range(self._args.windows)
+        ]
+
+    def _sensitivity(self, names: list[str]) -> list[dict[str, object]]:
+        """The same policies with each constant of the cost model varied, if that is asked for."""
+        if not self._args.sensitivity:
+            return []
+        short, rows = self._workload(self._args.seconds / 4), []
+        for constant, factor, changed in [("none", 1.0, self._setup), *variations(self._setup)]:
+            policies = {
+                name: self._simulated(name, f"{constant} × {factor:g}: {name}", short, changed) for name in names
+            }
+            rows.append({"constant": constant, "factor": factor, "policies": policies})
+        return rows
+
+    def _described(self, num_requests: int) -> dict[str, object]:
+        """What was simulated, for whoever reads the figures."""
+        args, pool = self._args, self._pool
+        return {
+            "workload": {
+                "arrivals": self._arrivals.source,
+                "requests": num_requests,
+                "windows": args.windows,
+                "seconds": args.seconds,
+                "rate_scale": args.rate_scale,
+                "routing": pool.source,
+                "drift_s": args.drift,
+                "predictor_recall_by_layer": [None if value != value else value for value in pool.recall()],
+                "devices": args.devices,
+                "slots_per_device": self._slots,
+                "layers": self._model.num_layers,
+                "layers_simulated": pool.num_layers,
+                "seed": args.seed,
+            },
+            "cost_model": {
+                "shape": args.shape,
+                "hardware": args.hardware,
+                "assumed": self._kernels is None,
+                "kernels": asdict(self._kernels) if self._kernels else None,
+                "given": sorted(self._given),
+                **self._cost.constants(),
+            },
+            "settings": {
+                "keep_alive_s": args.keep_alive,
+                "straggler_factor": args.straggler_factor,
+                "threshold": args.threshold,
+                "rebalance_s": args.rebalance,
+                "distance": args.distance,
+                "quality_loss_from": self._setup.loss.source if self._setup.loss else None,
+            },
+        }
 
 
 def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Progress) -> RoutingPool:

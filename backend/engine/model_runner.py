@@ -66,20 +66,8 @@ class ModelRunner:
             self.model.pool is not None and not self.model.pool.always_waits,
             isinstance(self.model.pool, ResidentPool),
         )
-        if config.widen_experts > 1:
-            self.model.widen_experts(config.widen_experts)
-        elif self.device.type != "cpu":
-            self.model.fold_shared_experts()
-        if config.expert_dtype == "fp8":
-            self.model.quantize_experts()
-        if isinstance(self.model.pool, WorkerPool):
-            self.model.pool.start()
-        limit = self.model.config.max_position_embeddings
-        self.max_model_len = limit if config.max_model_len is None else config.max_model_len
-        if self.max_model_len > limit:
-            raise ConfigError(
-                f"parameter max_model_len must be at most the checkpoint's {limit}, got {self.max_model_len}"
-            )
+        self._prepare_experts(config)
+        self.max_model_len = self._max_model_len(config)
         self.block_size = config.block_size
         self.batches = BatchBuilder(self.block_size, self.device)
         self.num_blocks = self._num_blocks(config)
@@ -114,6 +102,24 @@ class ModelRunner:
             config.block_size,
             self.max_model_len,
         )
+
+    def _prepare_experts(self, config: EngineConfig) -> None:
+        """Bring the experts' weights into the form in which they are computed, before anything holds on to them."""
+        if config.widen_experts > 1:
+            self.model.widen_experts(config.widen_experts)
+        elif self.device.type != "cpu":
+            self.model.fold_shared_experts()
+        if config.expert_dtype == "fp8":
+            self.model.quantize_experts()
+        if isinstance(self.model.pool, WorkerPool):
+            self.model.pool.start()
+
+    def _max_model_len(self, config: EngineConfig) -> int:
+        limit = self.model.config.max_position_embeddings
+        length = limit if config.max_model_len is None else config.max_model_len
+        if length > limit:
+            raise ConfigError(f"parameter max_model_len must be at most the checkpoint's {limit}, got {length}")
+        return length
 
     @torch.inference_mode()
     def _warm_up(self, config: EngineConfig, levels: Sequence[Settings]) -> None:

@@ -147,11 +147,7 @@ def run(
         loaded = checkpoint
         if exported:
             # Peers read files: seeded weights are written once, and everyone loads them from there.
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-            loaded = str(export_shape(checkpoint, folder, dtype))
-            for way in filter(None, united.split(",")):
-                export_united(folder, int(way))
-            united = ""
+            loaded, united = _export(checkpoint, united, dtype, stack), ""
         config = EngineConfig(
             checkpoint=loaded,
             routing=routing,
@@ -167,20 +163,7 @@ def run(
             _prompts_of(text, work, loaded, ours.engine.vocab_size) if text else work.prompts(ours.engine.vocab_size)
         )
         base = AtSettings(ours, settings)
-        result: dict = {
-            "settings": {
-                **asdict(settings),
-                "way": ours.engine.available.way_of(settings),
-                "checkpoint": checkpoint,
-                "routing": routing,
-                "dtype": dtype,
-                "widen_experts": widen,
-            }
-            | {"device": str(ours.device)},
-            "workload": work,
-            "text": [path.name for path in text],
-            "machine": machine(),
-        }
+        result = _described(checkpoint, work, text, settings, config, ours)
         rounds = Rounds(work, prompts)
         rounds.engines[OURS] = base
         for name, point in (points or {}).items():
@@ -205,22 +188,49 @@ def run(
             rounds.round(budget)
             result |= figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points or {}))
             write(result)
+        ours.engine.set_settings(settings)
         if profile:
-            ours.engine.set_settings(settings)
             result["profile"] = ours.profile(prompts, min(work.new_tokens, 32))
             write(result)
         if kernel_profile:
-            ours.engine.set_settings(settings)
             try:
                 result["decode_kernels"] = ours.decode_kernels(prompts, work.new_tokens)
             except (RuntimeError, ValueError) as error:  # torch's profiler does not see every device
                 result["decode_kernels_error"] = str(error)
             write(result)
         if steps:
-            ours.engine.set_settings(settings)
             result["memory_growth"] = ours.growth(work, steps)
             write(result)
     return result
+
+
+def _export(checkpoint: str, united: str, dtype: str, stack: contextlib.ExitStack) -> str:
+    """A folder with a dummy's weights and united experts, which is there until the stack is left."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+    exported = str(export_shape(checkpoint, folder, dtype))
+    for way in filter(None, united.split(",")):
+        export_united(folder, int(way))
+    return exported
+
+
+def _described(
+    checkpoint: str, work: Workload, text: Sequence[Path], settings: Settings, config: EngineConfig, ours: OurEngine
+) -> dict:
+    """What is measured, for whoever reads the figures."""
+    return {
+        "settings": {
+            **asdict(settings),
+            "way": ours.engine.available.way_of(settings),
+            "checkpoint": checkpoint,
+            "routing": config.routing,
+            "dtype": config.dtype,
+            "widen_experts": config.widen_experts,
+            "device": str(ours.device),
+        },
+        "workload": work,
+        "text": [path.name for path in text],
+        "machine": machine(),
+    }
 
 
 def sizes_for(work: Workload, on_gpu: bool) -> dict[str, int]:

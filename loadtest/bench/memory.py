@@ -80,13 +80,15 @@ def rss_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Begin a new peak of resident memory, where the system can (Linux's clear_refs)."""
+    """Begin a new peak of device memory, and of resident memory where the system can (Linux's clear_refs)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # without it the peak since the start of the process is an upper bound
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak device memory of this process (GPU), or its peak resident memory since `reset_peak` (CPU)."""
+    """Peak device memory of this process (GPU), or its peak resident memory (CPU), since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -6,6 +6,7 @@ Whatever would meet a tensor on another device, or make the host wait for the de
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from backend.engine import model_runner
 from backend.engine.engine import Engine
 from backend.engine.request import Request
 from backend.engine.sampling_params import SamplingParams
+from backend.engine.scheduler import Schedule
 from backend.kernels import transfer
 from backend.kernels.gpu import attention_prefill, router
 from backend.kernels.transfer import HostCopy
@@ -102,16 +104,34 @@ class Indexing(TorchFunctionMode):
         return x
 
 
+def specialization(kernel: InterpretedFunction, args: tuple, options: dict[str, object]) -> tuple:
+    """What Triton compiles a kernel anew for: constants, types, and numbers and addresses by whether they are 1 or end a 16."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | options
+    never, never_by_place = (kernel.kwargs[f"do_not_specialize{which}"] or () for which in ("", "_on_alignment"))
+    parameters = inspect.signature(kernel.fn).parameters
+    key: list[object] = [kernel.fn.__name__]
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            aligned = name in never_by_place or value.storage_offset() * value.element_size() % 16 == 0
+            key.append((name, value.dtype, aligned))
+        elif name not in parameters or "constexpr" in str(parameters[name].annotation) or value is None:
+            key.append((name, value))
+        elif isinstance(value, int) and name not in never:
+            key.append((name, value == 1, value % 16 == 0))
+    return tuple(key)
+
+
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[SimpleNamespace]:
-    """A GPU without values; counts launches, and how often the host waits."""
-    seen = SimpleNamespace(launches=0, waits=0)
+    """A GPU without values; counts launches, what would be compiled for them, and how often the host waits."""
+    seen = SimpleNamespace(launches=0, waits=0, compiled=set())
 
-    def launch(_, *args, grid, warmup, **options) -> None:
+    def launch(kernel: InterpretedFunction, *args, grid, warmup, **options) -> None:
         tensors = [value for value in (*args, *options.values()) if isinstance(value, torch.Tensor)]
         assert tensors and {tensor.device.type for tensor in tensors} == {"cuda"}
         assert all(count > 0 for count in grid), "an empty grid"
         seen.launches += 1
+        seen.compiled.add(specialization(kernel, args, options))
 
     def values(copy: HostCopy) -> np.ndarray:
         seen.waits += 1
@@ -212,6 +232,54 @@ def test_all_levels_of_the_profile_are_compiled_and_captured_at_the_start(gpu, m
         (rows, (mechanism, "count")) for rows in runner.graphs.buckets for mechanism in ("united", "drop", "top_k")
     }
     assert runner.model.variant == ("united", "count") and not any(runner.browned_classes)
+
+
+def mixed_step(
+    runner: model_runner.ModelRunner, num_decodes: int, prompt: int, context: int = 16, cached: int = 0
+) -> None:
+    """One token of each of `num_decodes` sequences, in such contexts, and a prompt of that length after what is cached."""
+    schedule = Schedule(num_decodes=num_decodes + (prompt == 1))
+    for length, computed in [*[(context, context - 1)] * num_decodes, *[(cached + prompt, cached)] * (prompt > 0)]:
+        sequence = Request("mixed", [0] * length, SamplingParams()).sequences[0]
+        sequence.num_computed = computed
+        sequence.blocks.extend(range(-(-length // 16)))
+        schedule.sequences.append(sequence)
+        schedule.num_tokens.append(length - computed)
+    runner.run(schedule)
+
+
+EDGES = [2**power + offset for power in range(4, 11) for offset in (-1, 0, 1)]
+DENSE = [*range(1, 40), *range(40, 700, 9), *(edge + 1 for edge in EDGES), 1500, 2047, 2048]
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ("qwen1.5-moe-a2.7b", [*range(1, 8), *EDGES, 300, 400, 2048]),
+        *(
+            pytest.param(shape, DENSE, marks=pytest.mark.slow)
+            for shape in ("qwen1.5-moe-a2.7b", "qwen3-30b-a3b", "mixtral-8x7b")
+        ),
+    ],
+)
+def test_nothing_is_compiled_once_the_engine_is_ready(gpu, monkeypatch, shape: str, numbers: list[int]) -> None:
+    """Whatever number of sequences decode, beside whatever prompt; `numbers` of tokens in all."""
+    monkeypatch.setitem(dummy.SHAPES, "one-layer", {**dummy.SHAPES[shape], "num_hidden_layers": 1})
+    sizes = {"max_model_len": 2048, "max_running": 256, "max_batch_tokens": 2048, "kv_cache_blocks": 1024}
+    config = EngineConfig(checkpoint="dummy:one-layer", device="cuda", dtype="bfloat16", **sizes)
+    runner = Engine(config).runner
+    ready = set(gpu.compiled)
+    assert len({kernel for kernel, *_ in ready}) >= 10
+    for tokens in sorted({*numbers}):
+        for num_decodes in {0, 1, tokens // 2, tokens}:
+            if num_decodes <= min(tokens, 256):
+                mixed_step(runner, num_decodes, tokens - num_decodes)
+        assert gpu.compiled == ready, (tokens, gpu.compiled - ready)
+    for context in (100, 257, 600, 1025, 2048):
+        for num_decodes in (1, 3, 50):
+            mixed_step(runner, num_decodes, 0, context)
+            mixed_step(runner, num_decodes, 7, context, cached=context - 7)
+        assert gpu.compiled == ready, (context, gpu.compiled - ready)
 
 
 def test_a_decode_step_is_few_launches(gpu) -> None:

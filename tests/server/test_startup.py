@@ -27,7 +27,7 @@ def missing_checkpoint(folder: Path) -> dict:
 
 
 def unknown_parameter(folder: Path) -> dict:
-    """Environment variables cannot carry unknown names: a copy of the repository with an edited config.pbtxt can."""
+    """A copy of the repository with an edited config.pbtxt."""
     # Beside the product's package, as in the repository: model.py finds the package two folders up.
     repository = folder / "product" / "model_repository"
     shutil.copytree(PRODUCT_ROOT / "model_repository", repository)

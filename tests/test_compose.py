@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from backend.config import ENV_PREFIX, EngineConfig
-from backend.serving.launch_options import parse_options
+from backend.serving.launch_options import ADMIN_TOKEN_ENV, parse_options
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.config import ENV_PREFIX as CONTROLLER_PREFIX
 from controller.config import TOKEN_ENV, add_flags, read_config
@@ -93,7 +93,10 @@ def test_prometheus_and_grafana_find_the_services():
 
 
 def test_every_variable_and_file_exists():
-    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(EngineConfig)} | {TOKEN_ENV}
+    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(EngineConfig)} | {
+        TOKEN_ENV,
+        ADMIN_TOKEN_ENV,
+    }
     for name in ("server", "controller"):
         assert set(SERVICES[name]["environment"]) <= known
     files = [filled(volume).split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())]

@@ -59,8 +59,9 @@ def test_the_image_runs_the_server_with_its_controller_as_make_serve_does(capsys
     assert defaults == ports("server")
     exposed = set(map(int, re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.M)[1].split()))
     assert exposed == ports("server") | ports("controller")
-    variable, host = re.search(r"^ENV (\w+)=(\S+)$", DOCKERFILE, re.M).groups()
-    assert (variable, host) == (f"{CONTROLLER_PREFIX}METRICS_HOST", "0.0.0.0")
+    variables = dict(re.findall(r"^ENV (\w+)=(\S+)$", DOCKERFILE, re.M))
+    assert variables.pop("PATH") == "/opt/venv/bin:$PATH" and "venv --without-pip /opt/venv " in DOCKERFILE
+    assert variables == {f"{CONTROLLER_PREFIX}METRICS_HOST": "0.0.0.0"}
 
 
 def test_composed_server_has_no_controller_of_its_own():

@@ -57,7 +57,7 @@ class EngineConfig:
     max_running: int = 256
     #: Requests that wait; one more is refused as UNAVAILABLE.
     max_waiting: int = 1024
-    #: Responses handed to Triton per second and stub; default 300 per core.
+    #: Responses handed to Triton per second and stub; default 150 per core.
     max_responses_per_s: int | None = None
     #: United experts: comma-separated files, or ways W for united-W.safetensors of the checkpoint's folder. Default: all
     #: such files there; `none`: none of them. A dummy has seeded ones for the ways listed here.

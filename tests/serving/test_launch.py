@@ -127,10 +127,8 @@ def test_sigterm_leaves_nothing(repository):
         directory = runtime_dir(server)
         processes = psutil.Process(server.pid).children(recursive=True)
         assert len(processes) >= 2
-        started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
-        assert time.monotonic() - started < 10
         assert not any(process.is_running() for process in processes)
         assert not directory.exists()
         assert not list(Path("/dev/shm").glob(f"{directory.name}*"))
@@ -141,10 +139,8 @@ def test_a_dead_stub_or_server_is_replaced(repository):
         directory = runtime_dir(server)
         for number, victim in enumerate((stub, triton), start=1):
             old = psutil.Process(server.pid).children(recursive=True)
-            started = time.monotonic()
             victim(server).kill()
             wait_until(lambda number=number: server.messages().count("ready again") == number, 30)
-            assert time.monotonic() - started < 30
             assert not any(process.is_running() for process in old)
             assert echo(server, TEXTS) == TEXTS
         assert "the stub of echo (pid " in server.messages()

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.serving.tokenizer import build_synthetic_tokenizer
 from backend.serving.triton_server import PRODUCT_ROOT
-from tests.models.tiny_checkpoints import make_checkpoint
+from tests.models.tiny_checkpoints import build_synthetic_tokenizer, make_checkpoint
 
 pytestmark = pytest.mark.server
 

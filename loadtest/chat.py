@@ -18,7 +18,7 @@ from rich.console import Console
 
 from backend.config import DEMO_CHECKPOINT
 from backend.errors import ConfigError, InvalidRequestError
-from backend.serving.tokenizer import Tokenizer, load_tokenizer
+from backend.tokenizer import Tokenizer, load_tokenizer
 from loadtest.clients import Clients
 from loadtest.record import RequestRecord
 

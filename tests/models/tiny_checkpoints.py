@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from backend.serving.tokenizer import EOS_TOKEN, synthetic_backend
+from backend.tokenizer import EOS_TOKEN, synthetic_backend
 
 _COMMON = {
     "hidden_size": 48,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from backend.engine.detokenizer import Detokenizer
 from backend.errors import ConfigError, InvalidRequestError
-from backend.serving.tokenizer import Tokenizer, load_tokenizer
+from backend.tokenizer import Tokenizer, load_tokenizer
 from tests.models.tiny_checkpoints import build_synthetic_tokenizer
 
 VOCAB = 2000

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from backend.errors import ConfigError
+from backend.environment import check_names
+from backend.errors import ConfigError, nearest_known
 from backend.experts.options import PoolOptions
 
 ENV_PREFIX = "MOE_LLM_"
@@ -56,7 +57,7 @@ class EngineConfig:
     max_running: int = 256
     #: Requests that wait; one more is refused as UNAVAILABLE.
     max_waiting: int = 1024
-    #: Responses handed to Triton per second and stub; default 300 per core.
+    #: Responses handed to Triton per second and stub; default 150 per core.
     max_responses_per_s: int | None = None
     #: United experts: comma-separated files, or ways W for united-W.safetensors of the checkpoint's folder. Default: all
     #: such files there; `none`: none of them. A dummy has seeded ones for the ways listed here.
@@ -179,7 +180,8 @@ class EngineConfig:
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(parameters) - set(known))
         if unknown:
-            raise ConfigError(f"unknown parameter {unknown[0]!r}; known parameters: {', '.join(known)}")
+            raise ConfigError(f"unknown parameter {unknown[0]!r}: {nearest_known(unknown[0], known)}")
+        check_names(env, ENV_PREFIX, known)
         values: dict[str, object] = {}
         for name, field in known.items():
             text = env.get(ENV_PREFIX + name.upper(), parameters.get(name, "")).strip()

@@ -12,7 +12,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from backend.brownout.settings import MECHANISMS
-from backend.errors import ConfigError
+from backend.environment import check_names
+from backend.errors import ConfigError, nearest_known
 from controller.laws.predictive import BRIGHTEN_PER_S, HYSTERESIS, MARGIN
 
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
@@ -107,6 +108,7 @@ def read_config(args: argparse.Namespace) -> ControllerConfig:
             raise ConfigError(f"the configuration {args.config} cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the configuration {args.config} is not TOML: {error}") from None
+    check_names(os.environ, ENV_PREFIX, ControllerConfig.model_fields)
     for name in ControllerConfig.model_fields:
         flag, variable = getattr(args, name), os.environ.get(ENV_PREFIX + name.upper())
         if flag is not None or variable:
@@ -121,7 +123,7 @@ def _sentence(detail) -> str:
     name = ".".join(map(str, detail["loc"]))
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}; known are {', '.join(ControllerConfig.model_fields)}"
+        return f"unknown setting {name!r}: {nearest_known(name, ControllerConfig.model_fields)}"
     if detail["type"] == "missing":
         flag = name.removesuffix("_s").replace("_", "-")
         return f"{name} is needed (--{flag}, or in the configuration file)"

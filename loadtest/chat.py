@@ -2,7 +2,8 @@
 
 python -m loadtest.chat [--http HOST:PORT] [--checkpoint DIR] [--once QUESTION]
 
-Start the server first (`make serve`), with the same checkpoint. An empty line or the end of input ends the chat.
+Start the server first (`make serve`), with the same checkpoint. Blank lines are skipped; the end of input
+(Ctrl-D) ends the chat.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from backend.config import DEMO_CHECKPOINT
 from backend.errors import ConfigError, InvalidRequestError
-from backend.serving.tokenizer import Tokenizer, load_tokenizer
+from backend.tokenizer import Tokenizer, load_tokenizer
 from loadtest.clients import Clients
 from loadtest.record import RequestRecord
 
@@ -56,7 +57,7 @@ async def converse(args: argparse.Namespace, tokenizer: Tokenizer, console: Cons
         chat = Chat(clients, tokenizer, sampling, args.history)
         while True:
             question = args.once if args.once is not None else await _read_line(console)
-            if not question:
+            if question is None:
                 return 0
             record = await chat.ask(question, console)
             if record.outcome != "completed":
@@ -66,12 +67,15 @@ async def converse(args: argparse.Namespace, tokenizer: Tokenizer, console: Cons
                 return 0
 
 
-async def _read_line(console: Console) -> str:
-    """The next question; empty at the end of the input."""
+async def _read_line(console: Console) -> str | None:
+    """The next line that is not blank; None at the end of the input."""
     try:
-        return (await asyncio.to_thread(console.input, _PROMPT if sys.stdin.isatty() else "")).strip()
+        while True:
+            line = await asyncio.to_thread(console.input, _PROMPT if sys.stdin.isatty() else "")
+            if line.strip():
+                return line.strip()
     except EOFError:
-        return ""
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from backend.serving.tokenizer import DUMMY_PREFIX, Tokenizer, load_tokenizer
+from backend.tokenizer import DUMMY_PREFIX, Tokenizer, load_tokenizer
 from loadtest.load_spec import HELP, build_schedule
 from loadtest.prompts import FilePrompts, GeneratedPrompts, Prompts
 from loadtest.record import Slo

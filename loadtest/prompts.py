@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from backend.errors import ConfigError
-from backend.serving.tokenizer import Tokenizer
+from backend.tokenizer import Tokenizer
 
 #: Common English words; most tokenizers have each as one token with its leading space.
 _WORDS = (

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from backend.config import ENV_PREFIX, EngineConfig
-from backend.serving.launch_options import parse_options
+from backend.serving.launch_options import ADMIN_TOKEN_ENV, parse_options
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.config import ENV_PREFIX as CONTROLLER_PREFIX
 from controller.config import TOKEN_ENV, add_flags, read_config
@@ -59,8 +59,9 @@ def test_the_image_runs_the_server_with_its_controller_as_make_serve_does(capsys
     assert defaults == ports("server")
     exposed = set(map(int, re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.M)[1].split()))
     assert exposed == ports("server") | ports("controller")
-    variable, host = re.search(r"^ENV (\w+)=(\S+)$", DOCKERFILE, re.M).groups()
-    assert (variable, host) == (f"{CONTROLLER_PREFIX}METRICS_HOST", "0.0.0.0")
+    variables = dict(re.findall(r"^ENV (\w+)=(\S+)$", DOCKERFILE, re.M))
+    assert variables.pop("PATH") == "/opt/venv/bin:$PATH" and "venv --without-pip /opt/venv " in DOCKERFILE
+    assert variables == {f"{CONTROLLER_PREFIX}METRICS_HOST": "0.0.0.0"}
 
 
 def test_composed_server_has_no_controller_of_its_own():
@@ -93,7 +94,10 @@ def test_prometheus_and_grafana_find_the_services():
 
 
 def test_every_variable_and_file_exists():
-    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(EngineConfig)} | {TOKEN_ENV}
+    known = {ENV_PREFIX + field.name.upper() for field in dataclasses.fields(EngineConfig)} | {
+        TOKEN_ENV,
+        ADMIN_TOKEN_ENV,
+    }
     for name in ("server", "controller"):
         assert set(SERVICES[name]["environment"]) <= known
     files = [filled(volume).split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())]

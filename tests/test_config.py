@@ -24,7 +24,8 @@ def test_config_survives_the_way_to_the_engine_process():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"max_runing": "4"}, "unknown parameter 'max_runing'; known parameters: .*max_running"),
+        ({"max_runing": "4"}, "unknown parameter 'max_runing': did you mean max_running"),
+        ({"zzz": "4"}, "unknown parameter 'zzz': known are .*max_running"),
         ({"max_running": "four"}, "max_running must be a whole number, got 'four'"),
         ({"max_running": "-1"}, "max_running must be at least 1, got -1"),
         ({"max_batch_tokens": "0"}, "max_batch_tokens must be at least 1"),
@@ -56,3 +57,21 @@ def test_config_survives_the_way_to_the_engine_process():
 def test_unusable_values_are_named(parameters, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig.from_parameters(parameters, {})
+
+
+def test_a_mistyped_environment_variable_is_named():
+    with pytest.raises(
+        ConfigError, match="unknown environment variable MOE_LLM_CHEKPOINT: did you mean MOE_LLM_CHECKPOINT"
+    ):
+        EngineConfig.from_parameters({}, {"MOE_LLM_CHEKPOINT": "/models/x"})
+
+
+def test_variables_that_kubernetes_sets_for_a_service_are_no_settings():
+    service = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT_HTTP": "8000",
+        "PORT": "tcp:",
+        "PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    env = {f"MOE_LLM_{name}": value for name, value in service.items()}
+    assert EngineConfig.from_parameters({}, env) == EngineConfig()

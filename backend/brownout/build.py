@@ -41,7 +41,7 @@ from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
 from backend.models import load_model
 from backend.models.registry import read_config
-from backend.serving.tokenizer import TOKENIZER_FILES, load_tokenizer
+from backend.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 
 def make_parser() -> argparse.ArgumentParser:

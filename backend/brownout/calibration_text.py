@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from backend.errors import ConfigError
-from backend.serving.tokenizer import Tokenizer
+from backend.tokenizer import Tokenizer
 
 #: Longest stretch of a text that is tokenized at once, in characters.
 _PIECE_CHARACTERS = 20_000

@@ -8,6 +8,8 @@ from backend.errors import ConfigError
 
 #: Token classes of a thresholds table, in the order of `ForwardBatch.token_class`.
 TOKEN_CLASSES = ("prefill", "decode", "prefill_never", "decode_never")
+#: Added to a token's class when its request is never browned out.
+NEVER = TOKEN_CLASSES.index("prefill_never")
 #: What is done with the assignments that a threshold gives up; see `backend.kernels.reference.remap`.
 MECHANISMS = ("united", "united_top_k", "reroute", "piggyback", "top_k", "drop")
 #: Those that need united experts.

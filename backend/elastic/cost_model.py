@@ -15,7 +15,8 @@ from backend.models.config import ModelConfig
 #: Assumed constants of the hardware: bytes/s of device memory, FLOP/s of matmuls as kernels reach them, bytes/s per device
 #: between devices and from host memory. Those of memory and matmuls can be replaced by measured ones (`kernel_fit`).
 HARDWARE: dict[str, dict[str, float]] = {
-    # Copy bandwidth and 55 % of the bf16 matmul rate measured on one H200; NVLink 4 and PCIe 5 at about 85 % of nominal.
+    # Reference figures of one H200, not measured by this project: its lower copy bandwidth, 55 % of its bf16 matmul rate. NVLink 4
+    # and PCIe 5 at about 85 % of nominal.
     "h200": {
         "memory_bandwidth": 4.3e12,
         "matmul_rate": 0.55 * 790e12,

@@ -64,13 +64,17 @@ class RayActor:
             self._worker.keep(layer, kept)
 
     def _serve(self, store: dist.Store, name: str, own_address: str) -> None:
+        status = 0
         try:
             self._worker.serve(Link(store, name, WORKER, own_address, self._device))
         except LinkError as error:
             log.info("the engine is gone: %s", error)
+        except BaseException:
+            log.exception("the worker failed")
+            status = 1
         finally:
-            # A worker without its engine is of no use, and one that failed must not look alive.
-            os._exit(0)
+            # A worker without its engine is of no use, and one that failed must not look alive. What was logged is flushed.
+            os._exit(status)
 
 
 class RayHandle:

@@ -126,11 +126,6 @@ class WorkerCrew:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
         self._background = ThreadPoolExecutor(2 * num_workers, thread_name_prefix="expert workers")
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all workers take part and hold what they shall."""
-        return len(self.members) == self._num_workers and not self._starting and not self._changing and self._is_held()
-
     def start(self) -> None:
         """Start all workers and wait until they hold their experts. Raises what kept one from starting."""
         for worker in range(self._num_workers):

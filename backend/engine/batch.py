@@ -9,7 +9,8 @@ from itertools import count, repeat
 import numpy as np
 import torch
 
-from backend.engine.request import NEVER, Sequence
+from backend.brownout.settings import NEVER
+from backend.engine.request import Sequence
 from backend.engine.scheduler import Schedule
 from backend.kernels.transfer import to_device
 from backend.models.forward_batch import ForwardBatch

@@ -48,10 +48,6 @@ class BlockManager:
         return len(self._free) + len(self._cached)
 
     @property
-    def num_cached(self) -> int:
-        return len(self._cached)
-
-    @property
     def num_in_use(self) -> int:
         return self.num_blocks - self.num_available
 

@@ -11,7 +11,7 @@ from backend.engine.detokenizer import Detokenizer
 from backend.engine.engine import Engine
 from backend.engine.request import FINISH_STOP, Request, RequestEnded
 from backend.engine.sampling_params import SamplingParams
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from backend.brownout.settings import NEVER
 from backend.engine.sampling_params import SamplingParams
 
 FINISH_STOP = "stop"
@@ -19,7 +20,6 @@ FINISH_LENGTH = "length"
 #: requests overtake, yet no request waits behind an endless stream of them.
 PRIORITY_STEP_S = 10.0
 
-NEVER = 2  # added to a token's class when its request is never browned out
 _SEED_MIX = 0x9E3779B97F4A7C15
 
 

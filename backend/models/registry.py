@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from backend.brownout.fingerprint import checkpoint_fingerprint
-from backend.brownout.settings import TOKEN_CLASSES
+from backend.brownout.settings import NEVER, TOKEN_CLASSES
 from backend.elastic.expert_plan import check_room
 from backend.elastic.expert_worker import WorkerShape
 from backend.elastic.predictor import FILE_NAME as PREDICTOR_NAME
 from backend.elastic.predictor import LoadPredictor
 from backend.elastic.ray_workers import RayHost
 from backend.elastic.worker_pool import WorkerPool
-from backend.engine.request import NEVER
 from backend.errors import ConfigError
 from backend.experts.mover import mover_for
 from backend.experts.options import PoolOptions

@@ -33,7 +33,7 @@ from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
 from backend.serving.prompt_length import PromptLengths
 from backend.serving.protocol import Outputs, replace_file, runtime_dir
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

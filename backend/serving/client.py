@@ -290,7 +290,7 @@ class EngineClient:
             # One of before this load means nothing: this stub's supervisor is about to start the engine anew.
             if record.generation > supervisor.ended_generation:
                 self._failure = record.error
-        elif record.state in ("stopping", "stopped"):
+        elif record.state == "stopped":
             self._reason = "the engine is stopping"
         elif record.state == "ready" and (watch := ProcessWatch(record.pid)).alive():
             inbox, outbox = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)

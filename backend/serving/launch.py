@@ -42,6 +42,10 @@ from backend.serving.protocol import RUNTIME_DIR_ENV
 from backend.serving.supervisor import SHUTDOWN_MARK
 from backend.serving.triton_server import locate_server
 
+#: What lets a client run its own code in the server, look into its memory or write files; and the header that opens them,
+#: over gRPC with Triton's prefix `triton-grpc-protocol-`.
+_ADMINISTRATION = "model-repository,shared-memory,trace,logging"
+_ADMIN_HEADER = "admin-token"
 _POLL_S = 0.1
 _PROBE_TIMEOUT_S = 1.0
 #: Beyond the drain timeout: by the first the engines have aborted what was left, by the second Triton has unloaded its
@@ -130,6 +134,9 @@ class Launcher:
         for service, port in options.ports.items():
             command += [f"--{service}-address={options.host}", f"--{service}-port={port}"]
         command += [f"--backend-config=python,shm-region-prefix-name={self._workspace.name}"]
+        if options.admin_token is not None:
+            restriction = f"{_ADMINISTRATION}:{_ADMIN_HEADER}={options.admin_token}"
+            command += [f"--http-restricted-api={restriction}", f"--grpc-restricted-protocol={restriction}"]
         env = {
             **server.env,
             RUNTIME_DIR_ENV: str(self._workspace.path),

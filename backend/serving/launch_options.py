@@ -6,8 +6,10 @@ import argparse
 import errno
 import os
 import random
+import re
+import secrets
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from backend.config import ENV_PREFIX
@@ -19,6 +21,8 @@ DRAIN_TIMEOUT_ENV = ENV_PREFIX + "DRAIN_TIMEOUT_S"
 #: Picked ports stay below Linux's ephemeral ports: no outgoing connection takes one while the server restarts.
 _PICKED_PORTS = range(20000, 32768)
 _PICK_ATTEMPTS = 100
+#: Opens Triton's administration on a server that has it closed; see `choose_admin_token`.
+ADMIN_TOKEN_ENV = "BROWNOUT_ADMIN_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class LaunchOptions:
     startup_timeout_s: float
     drain_timeout_s: float
     stop_with_parent: bool
+    #: Value of the header that Triton's administration asks for; None: it is open to everybody who reaches the ports.
+    admin_token: str | None = field(repr=False)
 
     @property
     def ports(self) -> dict[str, int]:
@@ -57,7 +63,10 @@ def parse_options(argv: list[str] | None) -> LaunchOptions:
     )
     option = parser.add_argument
     option(
-        "--host", default="127.0.0.1", help="IPv4 address to listen on; 0.0.0.0 is every interface (default 127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        help="IPv4 address to listen on; 0.0.0.0 is every interface (default 127.0.0.1). Beyond this machine Triton's "
+        f"administration (models, shared memory, trace, log) is closed unless ${ADMIN_TOKEN_ENV} is set",
     )
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         option(f"--{name}-port", type=_port, default=port, metavar="P", help=f"0 picks a free one (default {port})")
@@ -92,7 +101,21 @@ def parse_options(argv: list[str] | None) -> LaunchOptions:
         startup_timeout_s=args.startup_timeout,
         drain_timeout_s=args.drain_timeout,
         stop_with_parent=args.stop_with_parent,
+        admin_token=choose_admin_token(args.host, os.environ.get(ADMIN_TOKEN_ENV, "")),
     )
+
+
+def choose_admin_token(host: str, given: str) -> str | None:
+    """The token given; without one none for a loopback address, and for others one that nobody knows.
+
+    Whoever may load models runs code of his own in the server.
+    """
+    if given:
+        # It is part of an option in which other characters have a meaning, and of a header.
+        if not re.fullmatch(r"[A-Za-z0-9._~-]{16,}", given):
+            raise ConfigError(f"{ADMIN_TOKEN_ENV} must be at least 16 letters, digits or any of . _ ~ -")
+        return given
+    return None if host.startswith("127.") else secrets.token_urlsafe(32)
 
 
 def choose_models(repository: Path, wanted: list[str] | None) -> tuple[str, ...]:

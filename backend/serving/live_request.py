@@ -12,7 +12,7 @@ import numpy as np
 from backend.engine.detokenizer import Detokenizer
 from backend.engine.request import FINISH_STOP, Outcome, TokenOutput
 from backend.serving.parse import ParsedRequest
-from backend.serving.tokenizer import Tokenizer
+from backend.tokenizer import Tokenizer
 
 
 @dataclass

@@ -5,7 +5,6 @@ pb_utils is not needed: a request is anything with `inputs()`, `parameters()` an
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import msgspec
 import numpy as np
 
 from backend.engine.sampling_params import SamplingParams
-from backend.errors import InvalidRequestError
+from backend.errors import InvalidRequestError, nearest_known
 from backend.serving.triton_parameters import client_parameters
 
 RETURN_FLAGS = (
@@ -136,9 +135,7 @@ def parse_sampling(values: dict[str, object]) -> SamplingParams:
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    return f"unknown {what} {_show(name)}: {hint}"
+    return f"unknown {what} {_show(name)}: {nearest_known(name, known)}"
 
 
 def _show(value: object) -> str:

@@ -118,7 +118,7 @@ decode_to_stub = msgspec.msgpack.Decoder(ToStub).decode
 class EngineRecord(msgspec.Struct):
     """State of an engine, as its file says."""
 
-    state: Literal["starting", "ready", "stopping", "stopped", "restarting", "failed"]
+    state: Literal["starting", "ready", "stopped", "restarting", "failed"]
     generation: int = 0
     pid: int = 0
     address: str = ""

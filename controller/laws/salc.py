@@ -5,16 +5,12 @@ from __future__ import annotations
 from controller.laws.base import Decision, Law, Limits
 from controller.reading import Reading
 
-#: The paper's objectives, in seconds; its other constants are the defaults of Salc.
-PAPER_TTFT_SLO_S = 0.25
-PAPER_ITL_SLO_S = 0.15
-
 
 class Salc(Law):
     """Once a window, for prefill (TTFT) and decode (inter-token latency) apart, by the P90 over the window:
 
     below warning_factor · SLO the threshold rises by `increase`, above the SLO it is multiplied by `decrease`, between
-    them and where nothing was served it stays.
+    them and where nothing was served it stays. The defaults are the paper's, whose objectives are 0.25 s and 0.15 s.
     """
 
     def __init__(

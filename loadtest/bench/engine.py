@@ -18,7 +18,7 @@ from backend.config import EngineConfig
 from backend.engine.model_runner import resolve_device
 from backend.errors import ConfigError
 from backend.models.dummy import PREFIX
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
 from loadtest.bench.engine_tables import show

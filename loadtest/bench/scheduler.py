@@ -31,7 +31,7 @@ from backend.engine.sampler import sample
 from backend.engine.sampling_params import SamplingParams
 from backend.models.forward_batch import ForwardBatch
 from backend.serving.engine_control import WRITE_PERIOD_S, EngineControl
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
 from loadtest.bench.parts import BATCH, BOOKING, EMIT, SAMPLING, SCHEDULING, PartTimes, StepTimes

@@ -26,7 +26,7 @@ from backend.config import DEMO, DEMO_CHECKPOINT
 from backend.demo.prompts import DemoPrompt, demo_prompts
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.launch_client import RunningServer, running_server
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from controller.laws import LAWS
 from loadtest.clients import Clients
 from loadtest.control_log import read_course

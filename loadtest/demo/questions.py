@@ -14,7 +14,7 @@ from backend.demo.families import FAMILIES, sample
 from backend.demo.prompts import DemoPrompt
 from backend.demo.tasks import FORMS, in_form, is_right
 from backend.demo.template import answer_text, prompt_text
-from backend.serving.tokenizer import Tokenizer
+from backend.tokenizer import Tokenizer
 from loadtest.clients import Clients
 from loadtest.record import RequestRecord, summarize
 

@@ -23,7 +23,7 @@ from backend.brownout.profile import PROFILE_NAME, read_profile
 from backend.config import DEMO, DEMO_CHECKPOINT
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.launch_client import running_server
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from controller.laws import LAWS
 from loadtest.control_log import read_course
 from loadtest.demo.burst import (

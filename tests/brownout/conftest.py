@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from backend.brownout.build import main as build
-from backend.serving.tokenizer import build_synthetic_tokenizer
-from tests.models.tiny_checkpoints import make_checkpoint
+from tests.models.tiny_checkpoints import build_synthetic_tokenizer, make_checkpoint
 
 
 @pytest.fixture(autouse=True)

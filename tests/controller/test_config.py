@@ -59,8 +59,14 @@ def test_a_bad_setting_is_named(arguments: tuple[str, ...], complaint: str) -> N
 def test_an_unknown_key_of_the_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "controller.toml"
     file.write_text("ttft_slo = 1\n")
-    with pytest.raises(ConfigError, match="unknown setting 'ttft_slo'; known are triton, ttft_slo_s"):
+    with pytest.raises(ConfigError, match="unknown setting 'ttft_slo': did you mean ttft_slo_s"):
         parse("--config", str(file))
+
+
+def test_a_mistyped_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTROLLER_TTFT_SLO", "1")
+    with pytest.raises(ConfigError, match=r"unknown environment variable CONTROLLER_TTFT_SLO: did you mean .*_SLO_S"):
+        parse("--ttft-slo", "1", "--itl-slo", "1")
 
 
 def test_metrics_and_health_over_http() -> None:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from backend.brownout.step_model import StepModel
 from controller.laws import LAWS, Law, Limits, Predictive, Salc
-from controller.laws.salc import PAPER_ITL_SLO_S, PAPER_TTFT_SLO_S
 from controller.reading import Reading
 from tests.controller.readings import measured_steps, reading
 
@@ -70,7 +69,7 @@ def test_salc_holds_where_nothing_was_served() -> None:
 
 def test_salc_follows_the_papers_constants() -> None:
     """SLO 0.25 s and 0.15 s, warning factor 0.8: dim beyond the SLO by 0.8, brighten below 0.2 s and 0.12 s by 0.1."""
-    law = Salc(Limits(PAPER_TTFT_SLO_S, PAPER_ITL_SLO_S))
+    law = Salc(Limits(0.25, 0.15))
     assert law.window_s == 2.0
     series = [
         # TTFT P90, inter-token P90 → thresholds of prefill and decode

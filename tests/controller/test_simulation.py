@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from controller.laws import Limits, Off, Predictive, Salc
-from controller.simulate import SHAPES, Job, Outcome, Plant, Simulation, poisson_jobs
+from tests.controller.simulate import SHAPES, Job, Outcome, Plant, Simulation, poisson_jobs
 
 PLANT = Plant(max_running=256, max_batch_tokens=512)
 PROMPT, OUTPUT = 200, 100

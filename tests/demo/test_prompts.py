@@ -7,7 +7,7 @@ from rich.console import Console
 
 from backend.demo.prompts import demo_prompts, main, make_prompts
 from backend.demo.tasks import is_held_out
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from loadtest import chat
 from loadtest.record import RequestRecord
 

@@ -3,7 +3,7 @@
 import pytest
 
 from backend.demo.template import answer_text, chat_text, prompt_text
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from backend.elastic.train_predictor import measure, run, split_sequences, steps
 from backend.engine.llm import LLM
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from tests.models.tiny_checkpoints import make_checkpoint
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)

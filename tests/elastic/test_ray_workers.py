@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from backend.brownout.settings import Settings
+from backend.elastic import ray_workers
+from backend.elastic.exchange import LinkError
 from backend.elastic.ray_workers import RayHandle
 from backend.elastic.worker_pool import WorkerPool
 from backend.engine.engine import Engine
@@ -32,6 +36,18 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
         ConfigError, match="expert_pool is workers:2, which needs the package ray: install the extra workers"
     ):
         make_engine(expert_pool="workers:2")
+
+
+@pytest.mark.parametrize(("error", "status"), [(LinkError("closed"), 0), (KeyError("expert 7"), 1)])
+def test_a_worker_that_fails_says_why_before_its_process_ends(error, status, monkeypatch, caplog) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(ray_workers.os, "_exit", ended.append)
+    monkeypatch.setattr(ray_workers, "Link", Mock(side_effect=error))
+    actor = ray_workers.RayActor.__new__(ray_workers.RayActor)
+    actor._worker, actor._device = Mock(), torch.device("cpu")
+    actor._serve(Mock(), "engine", "127.0.0.1")
+    assert ended == [status]
+    assert ("KeyError: 'expert 7'" in caplog.text) == (status == 1)
 
 
 @pytest.fixture(scope="module")

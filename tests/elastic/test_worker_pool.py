@@ -67,7 +67,11 @@ class Cluster:
 
     def is_whole(self) -> bool:
         """Whether both workers are there and hold what they shall."""
-        return self.pool.crew.is_whole and self.pool.telemetry().resident_share == 1.0
+        crew = self.pool.crew
+        settled = (
+            len(crew.members) == crew._num_workers and not crew._starting and not crew._changing and crew._is_held()
+        )
+        return settled and self.pool.telemetry().resident_share == 1.0
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_published_blocks_are_found_and_survive_their_owner():
         manager.publish(block, digest)
     manager.release(blocks)
     assert manager.match(hashes)[0] == blocks
-    assert manager.num_available == 4 and manager.num_cached == 2
+    assert manager.num_available == 4 and len(manager._cached) == 2
     manager.acquire(blocks)
     assert manager.num_in_use == 2
     manager.check()
@@ -60,7 +60,7 @@ def test_a_second_block_with_the_same_contents_is_not_published():
     manager.publish(first, digest)
     manager.publish(second, digest)
     manager.release([second])
-    assert manager.num_cached == 0 and manager.match([digest]) == ([first], True)
+    assert len(manager._cached) == 0 and manager.match([digest]) == ([first], True)
     manager.check()
 
 
@@ -80,7 +80,7 @@ def test_blocks_that_are_not_pristine_are_found_by_those_who_accept_them_and_pri
     manager.publish(bright, hashes[3])
     manager.publish(late, hashes[3], pristine=False)
     manager.release([late])
-    assert manager.num_cached == 0, "nobody needs a dim block beside a pristine one"
+    assert len(manager._cached) == 0, "nobody needs a dim block beside a pristine one"
     manager.check()
 
 
@@ -122,5 +122,5 @@ def test_random_operations_keep_the_states_consistent(num_blocks, operations):
     manager.check()
     assert manager.num_available == num_blocks
     manager.clear_cache()
-    assert manager.num_cached == 0
+    assert len(manager._cached) == 0
     manager.check()

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 from backend.engine.detokenizer import MAX_HELD_BYTES, REPLACEMENT, Detokenizer, TokenPieces
 from backend.errors import ConfigError
-from backend.serving.tokenizer import Tokenizer
+from backend.tokenizer import Tokenizer
 
 CORPUS = [
     "Hello world, the stop is near. 你好，世界 🎉🎉 naïve café Привет мир\n\tif x == 1:",

@@ -34,5 +34,5 @@ def test_steps_of_many_shapes_are_measured_and_the_engine_is_as_new() -> None:
     assert max(sample.decode_tokens for sample in samples) == 6
     assert dataclasses.asdict(engine.stats()) == fresh
     assert engine.counters == EngineCounters()
-    assert (engine.blocks.num_in_use, engine.blocks.num_cached, engine.has_work) == (0, 0, False)
+    assert (engine.blocks.num_in_use, len(engine.blocks._cached), engine.has_work) == (0, 0, False)
     assert outputs(engine) == outputs(Engine(EngineConfig(**SMALL)))

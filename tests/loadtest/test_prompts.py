@@ -5,7 +5,7 @@ import json
 import pytest
 
 from backend.errors import ConfigError
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from loadtest.prompts import FilePrompts, GeneratedPrompts
 
 

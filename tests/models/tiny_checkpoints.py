@@ -11,11 +11,14 @@ from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from backend.tokenizer import EOS_TOKEN, synthetic_backend
 
 _COMMON = {
     "hidden_size": 48,
@@ -71,3 +74,8 @@ def make_checkpoint(
                 parameter.normal_(0, 0.3)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     return model
+
+
+def build_synthetic_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of dummy checkpoints as a transformers object, to be saved beside a checkpoint."""
+    return PreTrainedTokenizerFast(tokenizer_object=synthetic_backend(vocab_size), eos_token=EOS_TOKEN)

@@ -29,7 +29,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.server
 
 #: 0.5 s from a client's going to the engine's knowing, plus as much again for this machine: the first is
-#: kept by a poll of 0.2 s, but on two busy cores threads of five processes may wait their turn for some tenths of a second.
+#: kept by a poll of 0.4 s, but on two busy cores threads of five processes may wait their turn for some tenths of a second.
 GONE_WITHIN_S = 0.5 + 0.5
 
 ENDLESS = {"text_input": "for ever", "sampling_parameters": sampling(max_tokens=10**6)}

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.serving.tokenizer import build_synthetic_tokenizer
 from backend.serving.triton_server import PRODUCT_ROOT
-from tests.models.tiny_checkpoints import make_checkpoint
+from tests.models.tiny_checkpoints import build_synthetic_tokenizer, make_checkpoint
 
 pytestmark = pytest.mark.server
 
@@ -27,7 +26,7 @@ def missing_checkpoint(folder: Path) -> dict:
 
 
 def unknown_parameter(folder: Path) -> dict:
-    """Environment variables cannot carry unknown names: a copy of the repository with an edited config.pbtxt can."""
+    """A copy of the repository with an edited config.pbtxt."""
     # Beside the product's package, as in the repository: model.py finds the package two folders up.
     repository = folder / "product" / "model_repository"
     shutil.copytree(PRODUCT_ROOT / "model_repository", repository)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import psutil
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.utils import InferenceServerException
 
 from backend.errors import ConfigError
 from backend.serving.launch_client import RunningServer, running_server
+from backend.serving.launch_options import ADMIN_TOKEN_ENV, choose_admin_token
 from backend.serving.protocol import RUNTIME_DIR_ENV
 from backend.serving.triton_server import PRODUCT_ROOT
 from tests.serving.launch_echo import make_repository
@@ -23,6 +26,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.server
 
+ADMIN_TOKEN = "an-admin-token-of-the-tests"
 TEXTS = ["", "plain", "多字节 ü", "x" * 3000]
 
 
@@ -34,7 +38,7 @@ def repository(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(repository):
     """A server that tests use without harming it."""
-    with running_server(model_repository=repository) as server:
+    with running_server(model_repository=repository, env={ADMIN_TOKEN_ENV: ADMIN_TOKEN}) as server:
         yield server
 
 
@@ -72,6 +76,34 @@ def test_serves_bytes_over_both_protocols_and_metrics(server):
         assert 'nv_inference_request_success{model="echo",version="1"}' in response.read().decode()
 
 
+def test_administration_needs_the_token(server):
+    http = tritonclient.http.InferenceServerClient(server.http)
+    grpc = tritonclient.grpc.InferenceServerClient(server.grpc)
+    for client, header in ((http, "admin-token"), (grpc, "triton-grpc-protocol-admin-token")):
+        for headers in ({}, {header: ADMIN_TOKEN[:-1]}):
+            for call in (
+                partial(client.load_model, "echo"),
+                client.get_model_repository_index,
+                client.get_system_shared_memory_status,
+                client.get_trace_settings,
+                client.get_log_settings,
+            ):
+                with pytest.raises(InferenceServerException, match="restricted, expecting header"):
+                    call(headers=headers)
+        assert "echo" in str(client.get_model_repository_index(headers={header: ADMIN_TOKEN}))
+        client.close()
+    assert ADMIN_TOKEN not in Path(server.log_path).read_text()
+
+
+@pytest.mark.parametrize(("host", "closed"), [("127.0.0.1", False), ("0.0.0.0", True), ("192.0.2.1", True)])
+def test_administration_is_closed_to_other_machines(host, closed):
+    tokens = {choose_admin_token(host, "") for _ in range(2)}
+    assert len(tokens) == 2 if closed else tokens == {None}
+    assert choose_admin_token(host, ADMIN_TOKEN) == ADMIN_TOKEN
+    with pytest.raises(ConfigError, match="BROWNOUT_ADMIN_TOKEN must be at least 16 letters"):
+        choose_admin_token(host, "with=a:delimiter,or,two")
+
+
 def test_runtime_directory_is_private_and_short_enough_for_sockets(server):
     path = runtime_dir(server)
     assert path.stat().st_mode & 0o777 == 0o700
@@ -95,10 +127,8 @@ def test_sigterm_leaves_nothing(repository):
         directory = runtime_dir(server)
         processes = psutil.Process(server.pid).children(recursive=True)
         assert len(processes) >= 2
-        started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0
-        assert time.monotonic() - started < 10
         assert not any(process.is_running() for process in processes)
         assert not directory.exists()
         assert not list(Path("/dev/shm").glob(f"{directory.name}*"))
@@ -109,10 +139,8 @@ def test_a_dead_stub_or_server_is_replaced(repository):
         directory = runtime_dir(server)
         for number, victim in enumerate((stub, triton), start=1):
             old = psutil.Process(server.pid).children(recursive=True)
-            started = time.monotonic()
             victim(server).kill()
             wait_until(lambda number=number: server.messages().count("ready again") == number, 30)
-            assert time.monotonic() - started < 30
             assert not any(process.is_running() for process in old)
             assert echo(server, TEXTS) == TEXTS
         assert "the stub of echo (pid " in server.messages()

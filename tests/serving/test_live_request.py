@@ -8,7 +8,7 @@ from backend.engine.request import TokenOutput
 from backend.engine.sampling_params import SamplingParams
 from backend.serving.live_request import LiveRequest
 from backend.serving.parse import ParsedRequest
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer("dummy:tiny", 512)
 

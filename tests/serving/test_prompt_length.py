@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from backend.serving.prompt_length import PromptLengths
-from backend.serving.tokenizer import Tokenizer, load_tokenizer
+from backend.tokenizer import Tokenizer, load_tokenizer
 
 
 def test_texts_of_one_kind_are_guessed_and_a_mixture_is_not() -> None:

@@ -4,7 +4,7 @@ from backend.config import DEMO_CHECKPOINT
 from backend.demo.prompts import demo_prompts
 from backend.demo.tasks import FORMS
 from backend.demo.template import ASSISTANT, USER
-from backend.serving.tokenizer import load_tokenizer
+from backend.tokenizer import load_tokenizer
 from loadtest.demo.questions import INTERFACES, ConversationPrompts, examples, right_answers, table_of
 from loadtest.record import RequestRecord
 

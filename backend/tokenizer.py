@@ -104,7 +104,7 @@ def load_tokenizer(checkpoint: str, vocab_size: int | None) -> Tokenizer:
     if checkpoint.startswith(DUMMY_PREFIX):
         if vocab_size is None:
             raise ConfigError(f"the tokenizer of {checkpoint} needs the model's vocabulary size")
-        backend = _synthetic_backend(vocab_size)
+        backend = synthetic_backend(vocab_size)
         return Tokenizer(backend, [backend.token_to_id(EOS_TOKEN)])
     folder = DEMO_CHECKPOINT if checkpoint == DEMO else Path(checkpoint)
     if not folder.is_dir():
@@ -161,14 +161,7 @@ def _eos_token_ids(folder: Path, own: int | None) -> list[int]:
     return [token for token in found if isinstance(token, int)]
 
 
-def build_synthetic_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of dummy checkpoints as a transformers object, to be saved beside a made-up checkpoint."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=_synthetic_backend(vocab_size), eos_token=EOS_TOKEN)
-
-
-def _synthetic_backend(vocab_size: int) -> tokenizers.Tokenizer:
+def synthetic_backend(vocab_size: int) -> tokenizers.Tokenizer:
     """Byte-level BPE without merges: ids 0 … 255 are bytes, then special tokens, then made-up words (" kato").
 
     Any text round-trips; a made-up word is one token, other text one token per byte.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from backend.engine.detokenizer import Detokenizer
 from backend.errors import ConfigError, InvalidRequestError
-from backend.serving.tokenizer import Tokenizer, build_synthetic_tokenizer, load_tokenizer
+from backend.tokenizer import Tokenizer, load_tokenizer
+from tests.models.tiny_checkpoints import build_synthetic_tokenizer
 
 VOCAB = 2000
 CHAT_TEMPLATE = (
@@ -65,11 +65,8 @@ def test_special_tokens_are_recognised_in_text(dummy: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [260, 4096, 151_936])
-def test_dummies_are_made_quickly_for_any_vocabulary(vocab_size: int) -> None:
-    start = time.perf_counter()
-    tokenizer = load_tokenizer("dummy:any", vocab_size)
-    assert time.perf_counter() - start < 5  # half a second on an idle machine
-    assert tokenizer.vocab_size == vocab_size
+def test_dummies_are_made_for_any_vocabulary(vocab_size: int) -> None:
+    assert load_tokenizer("dummy:any", vocab_size).vocab_size == vocab_size
 
 
 def test_a_dummy_needs_a_vocabulary_of_bytes_and_special_tokens() -> None:

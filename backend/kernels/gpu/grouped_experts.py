@@ -8,6 +8,8 @@ and some columns. Sizes of grids and buffers depend on shapes only, and sums are
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -35,10 +37,14 @@ def grouped_experts_forward(
     Weights of 8 bits are widened in registers. float32 sums; a prefill step rounds each weighted expert output to hidden's type, a decode step does not.
     """
     (num_tokens, hidden_size), (num_slots, _, size), top_k = hidden.shape, w2.shape, slots.shape[1]
-    device = torch.cuda.get_device_name(hidden.device) if hidden.is_cuda else "cpu"
     dtype = str(hidden.dtype).removeprefix("torch.")
-    shape = ExpertShape(num_slots, hidden_size, size, num_tokens, top_k, dtype, device)
+    shape = ExpertShape(num_slots, hidden_size, size, num_tokens, top_k, dtype, _device_name(hidden.device))
     return run_with_tiles(hidden, w13, w2, slots, weights, shape.phase, expert_tiles(shape), scales)
+
+
+@lru_cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def run_with_tiles(

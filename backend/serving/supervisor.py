@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 #: Written by the launcher before it ends the engines: they must not come back.
 SHUTDOWN_MARK = "shutting-down"
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0)
-#: An engine that ran this long is healthy again: the count of failures starts anew.
+#: An engine that was ready for this long is healthy again: the count of failures starts anew.
 _HEALTHY_AFTER_S = 30.0
 _POLL_S = 0.1
 
@@ -74,14 +74,14 @@ class Supervisor(threading.Thread):
                 self._wait_for_end(ProcessWatch(record.pid))
         while not self._stop_event.is_set() and not self._shutting_down():
             generation += 1
-            started = time.monotonic()
-            status = self._run_once(generation)
-            if status is None or self._shutting_down():
+            ended = self._run_once(generation)
+            if ended is None or self._shutting_down():
                 return
+            status, ready_s = ended
             record = EngineRecord.read(self._runtime_dir, self._index) or EngineRecord("failed")
             record.generation = generation
             record.error = record.error or f"the engine process ended with status {status}"
-            num_failures = 1 if time.monotonic() - started > _HEALTHY_AFTER_S else num_failures + 1
+            num_failures = 1 if ready_s > _HEALTHY_AFTER_S else num_failures + 1
             never_ready = generation == 1 and record.state == "starting"
             if status == EXIT_CONFIG or never_ready or num_failures > len(BACKOFF_S):
                 record.state = "failed"
@@ -95,8 +95,8 @@ class Supervisor(threading.Thread):
             record.write(self._runtime_dir, self._index)
             self._stop_event.wait(backoff_s)
 
-    def _run_once(self, generation: int) -> int | None:
-        """Start the engine and wait; its exit status, or None if this stub leaves first."""
+    def _run_once(self, generation: int) -> tuple[int, float] | None:
+        """Start the engine and wait; its exit status and for how long it was ready, or None if this stub leaves first."""
         record = EngineRecord("starting", generation, config=self._config.to_dict())
         record.write(self._runtime_dir, self._index)
         command = [python_executable(), "-m", "backend.serving.engine_process"]
@@ -119,14 +119,21 @@ class Supervisor(threading.Thread):
             process.stdin.close()
         except BrokenPipeError:
             pass  # it died at once; its status says so
+        ready: float | None = None  # since when it has been
         while (status := process.poll()) is None:
+            if ready is None and self._is_ready():
+                ready = time.monotonic()
             if self._stop_event.wait(_POLL_S):
                 return None
-        return status
+        return status, 0.0 if ready is None else time.monotonic() - ready
 
     def _wait_for_end(self, process: ProcessWatch) -> None:
         while process.alive() and not self._stop_event.wait(_POLL_S):
             pass
+
+    def _is_ready(self) -> bool:
+        record = EngineRecord.read(self._runtime_dir, self._index)
+        return record is not None and record.state == "ready"
 
     def _shutting_down(self) -> bool:
         return (self._runtime_dir / SHUTDOWN_MARK).exists()

@@ -9,6 +9,9 @@ from backend.serving import supervisor
 from backend.serving.protocol import EXIT_CONFIG, EngineRecord
 from backend.serving.supervisor import Supervisor
 
+#: What an engine writes once it is ready; $4 is the runtime directory.
+BECOME_READY = """echo '{"state": "ready", "generation": 2, "pid": '$$'}' > $4/engine-0.json"""
+
 
 def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Supervisor:
     """A supervisor that has come to its end with an engine that has been ready before and is now this script."""
@@ -17,6 +20,7 @@ def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Su
     engine.chmod(0o700)
     monkeypatch.setattr(supervisor, "python_executable", lambda: str(engine))
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.0, 0.01, 0.02))
+    monkeypatch.setattr(supervisor, "_POLL_S", 0.01)
     EngineRecord("stopped", generation=1).write(folder, 0)
     watching = Supervisor(EngineConfig(checkpoint="dummy:tiny"), 0, folder, server_pid=1)
     watching.start()
@@ -33,6 +37,15 @@ def test_an_engine_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, 
     record = EngineRecord.read(tmp_path, 0)
     assert (record.state, record.generation) == ("failed", 1 + starts)
     assert watching.failure == record.error == f"the engine process ended with status {status}"
+
+
+@pytest.mark.parametrize(("prepare", "starts"), [("", 4), (BECOME_READY, 7)], ids=["loading", "ready"])
+def test_only_an_engine_that_was_ready_for_long_has_recovered(tmp_path, monkeypatch, prepare: str, starts: int) -> None:
+    """One that fails after a long time of loading each time is given up; one that served as long each time is not."""
+    monkeypatch.setattr(supervisor, "_HEALTHY_AFTER_S", 0.1)
+    last = f"[ $(wc -l < {tmp_path}/starts) = 7 ] && exit {EXIT_CONFIG}"
+    supervised(tmp_path, monkeypatch, f"{last}\n{prepare}\nsleep 0.25; exit 1")
+    assert (tmp_path / "starts").read_text().count("start") == starts
 
 
 def test_an_engine_that_dies_while_the_server_shuts_down_is_not_started_again(tmp_path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ Triton. `execute` never waits for a token.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -33,6 +34,7 @@ from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
 from backend.serving.prompt_length import PromptLengths
 from backend.serving.protocol import Outputs, replace_file, runtime_dir
+from backend.serving.server_watch import end_stub
 from backend.serving.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -164,7 +166,7 @@ class MoeLlmModel:
 
     def _refuse(self, sender: _Sender, outcome: Outcome, message: str) -> None:
         self._metrics.ended(outcome, 0, None)
-        self._send(sender, Reply({}, message, outcome, 0))
+        self._send_last(sender, Reply({}, message, outcome, 0))
 
     def _on_outputs(self, outputs: Outputs) -> None:
         """Called by the client thread with one engine step's news."""
@@ -191,19 +193,36 @@ class MoeLlmModel:
 
     def _deliver(self, live: LiveRequest) -> None:
         """Called by the outbox thread: hand the request's next response to Triton."""
-        reply = live.take()
+        try:
+            reply = live.take()
+        except Exception as error:
+            self._break_off(live, f"a response could not be made: {error}")
+            return
         if reply is None:
             return
         with self._live_lock:
             _, sender = self._live[live.request_id]
             if reply.final:
                 del self._live[live.request_id]
+        if reply.final:
+            try:
+                self._book(live, self._send_last(sender, reply))
+            finally:
+                self._client.forget(live.request_id)
+            return
         try:
             self._send(sender, reply)
+        except Exception as error:
+            self._break_off(live, f"a response could not be handed over: {error}")
+        else:
             self._book(live, reply)
-        finally:
-            if reply.final:
-                self._client.forget(live.request_id)
+
+    def _break_off(self, live: LiveRequest, message: str) -> None:
+        """To be called where an error is handled: this request cannot go on; the others can."""
+        log.exception("a request is ended: %s", message)
+        self._client.abort(live.request_id)
+        live.fail("failed", message, incomplete=True)
+        self._outbox.mark(live, urgent=True)
 
     def _book(self, live: LiveRequest, reply: Reply) -> None:
         """Stamp the latencies of a response that has just been handed to Triton."""
@@ -233,6 +252,25 @@ class MoeLlmModel:
             )
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if reply.final else 0
         sender.send(response, flags)
+
+    def _send_last(self, sender: _Sender, reply: Reply) -> Reply:
+        """Hand over a final response, or an error in its place. Returns what was handed over."""
+        try:
+            self._send(sender, reply)
+            return reply
+        except Exception as error:
+            log.exception("a final response could not be handed over")
+            if reply.error is None:
+                reply = Reply({}, f"the final response could not be handed over: {error}", "failed", 0)
+        final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        for attempt in (lambda: self._send(sender, reply), lambda: sender.send(None, final)):
+            with contextlib.suppress(Exception):
+                attempt()
+                return reply
+        # Triton's sender counts as closed from the first attempt on if that failed for want of shared memory. Nothing but the
+        # end of the server ends the request then; the launcher brings one with new shared memory up.
+        end_stub("a request cannot be ended")
+        return reply
 
     def _watch_cancellations(self) -> None:
         """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""

@@ -107,10 +107,10 @@ class LiveRequest:
             finished = all(s.finish_reason for s in self._sequences)
             return finished or (first and self.parsed.stream), stopped
 
-    def fail(self, outcome: Outcome, message: str) -> None:
-        """End with an error; ignored if the request has finished."""
+    def fail(self, outcome: Outcome, message: str, *, incomplete: bool = False) -> None:
+        """End with an error; ignored if the request has finished, unless its text is `incomplete`: a part of it is lost."""
         with self._lock:
-            if not self._ended and not all(s.finish_reason for s in self._sequences):
+            if not self._ended and (incomplete or not all(s.finish_reason for s in self._sequences)):
                 self._error = self._error or (outcome, message)
 
     def take(self) -> Reply | None:

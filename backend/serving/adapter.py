@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 #: Together about a tenth of the processors, for stub, server and a client beside them (docs/results/cpu.md).
 RESPONSES_PER_S_AND_CORE = 150
 #: How often each request is asked about; an inter-process call each.
-_CANCEL_PERIOD_S = 0.4
+_WATCH_PERIOD_S = 0.4
 
 
 class _Sender:
@@ -102,10 +102,10 @@ class MoeLlmModel:
         self._outbox: Outbox[LiveRequest] = Outbox(self._deliver, rate, attrgetter("last_sent_s"))
         self._metrics = Metrics(self._pb_utils, self._name, version, engine_wide=self._name == ENGINE_MODEL)
         self._lengths = PromptLengths()
-        self._canceller = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)
+        self._request_watch = threading.Thread(target=self._watch_requests, name="request-watch", daemon=True)
         self._outbox.start()
         self._metrics.start(self._client.stats)
-        self._canceller.start()
+        self._request_watch.start()
         # Going through all that is loaded would hold up every request for 100 ms of processor time.
         gc.collect()
         gc.freeze()
@@ -172,12 +172,17 @@ class MoeLlmModel:
         """Called by the client thread with one engine step's news."""
         for token in outputs.tokens:
             live = self._find(token.request_id)
-            if live is not None:
+            if live is None:
+                continue
+            try:
                 urgent, stopped = live.add(token, outputs.settings_version)
-                if stopped:
-                    self._client.abort(token.request_id, token.index)
-                if urgent or live.parsed.stream:
-                    self._outbox.mark(live, urgent)
+            except Exception as error:
+                self._break_off(live, f"a token could not be taken in: {error}")
+                continue
+            if stopped:
+                self._client.abort(token.request_id, token.index)
+            if urgent or live.parsed.stream:
+                self._outbox.mark(live, urgent)
         for ended in outputs.ended:
             live = self._find(ended.request_id)
             if live is not None:
@@ -272,17 +277,34 @@ class MoeLlmModel:
         end_stub("a request cannot be ended")
         return reply
 
-    def _watch_cancellations(self) -> None:
-        """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""
+    def _watch_requests(self) -> None:
         while not self._closed.is_set():
             started = time.monotonic()
-            for live, sender in self._snapshot():
-                if not live.ended and sender.is_cancelled():
-                    self._client.abort(live.request_id)
-                    live.fail("cancelled", "the request was cancelled by its client")
-                    self._outbox.mark(live, urgent=True)
-            self._give_up_if_hopeless()
-            self._closed.wait(max(0.0, started + _CANCEL_PERIOD_S - time.monotonic()))
+            try:
+                self._end_cancelled()
+                self._give_up_if_hopeless()
+            except Exception:
+                log.exception("the requests could not be looked after; the next pass tries again")
+            self._closed.wait(max(0.0, started + _WATCH_PERIOD_S - time.monotonic()))
+
+    def _end_cancelled(self) -> None:
+        """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""
+        unknown: list[Exception] = []
+        for live, sender in self._snapshot():
+            try:
+                cancelled = not live.ended and sender.is_cancelled()
+            except Exception as error:
+                unknown.append(error)
+                continue
+            if cancelled:
+                self._end_early(live, "cancelled", "the request was cancelled by its client")
+        if unknown:
+            log.error("%d requests could not be asked whether they are cancelled: %s", len(unknown), unknown[0])
+
+    def _end_early(self, live: LiveRequest, outcome: Outcome, message: str) -> None:
+        self._client.abort(live.request_id)
+        live.fail(outcome, message)
+        self._outbox.mark(live, urgent=True)
 
     def _give_up_if_hopeless(self) -> None:
         """Unload the model once the engine has failed for good, so that the server stops reporting it as ready."""

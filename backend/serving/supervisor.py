@@ -52,6 +52,13 @@ class Supervisor(threading.Thread):
         self._stop_event.set()
 
     def run(self) -> None:
+        try:
+            self._wait_to_lead()
+        except Exception as error:
+            log.exception("engine %d is no longer watched", self._index)
+            self.failure = f"the engine cannot be watched: {error}"
+
+    def _wait_to_lead(self) -> None:
         with open(self._runtime_dir / f"engine-{self._index}.lock", "w") as lock:
             while not self._stop_event.is_set():
                 try:
@@ -112,7 +119,12 @@ class Supervisor(threading.Thread):
         spins = 100_000 if len(self._config.devices) == 1 else 20_000
         env = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(spins), **os.environ}
         env["PYTHONPATH"] = f"{root}{os.pathsep}{path}" if path else root
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
+        except OSError as error:
+            record.error = f"the engine process could not be started: {error}"
+            record.write(self._runtime_dir, self._index)
+            return 1, 0.0
         assert process.stdin is not None
         try:
             process.stdin.write(msgspec.json.encode(self._config.to_dict()))

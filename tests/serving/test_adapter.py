@@ -54,7 +54,7 @@ class Sender:
     #: What happens while a send fails.
     meanwhile: Callable[[], object] = bool
     closes: bool = False
-    cancelled: bool = False
+    cancelled: bool | Exception = False
     sent: list[tuple[Response | None, int]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _closed: bool = False
@@ -70,6 +70,8 @@ class Sender:
         self.sent.append((response, flags))
 
     def is_cancelled(self) -> bool:
+        if isinstance(self.cancelled, Exception):
+            raise self.cancelled
         return self.cancelled
 
     @property
@@ -141,7 +143,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     monkeypatch.setenv(RUNTIME_DIR_ENV, str(tmp_path))
     monkeypatch.setattr(adapter, "EngineClient", Client)
     monkeypatch.setattr(adapter, "gc", type("NoGc", (), {"collect": lambda: None, "freeze": lambda: None}))
-    monkeypatch.setattr(adapter, "_CANCEL_PERIOD_S", 0.02)
+    monkeypatch.setattr(adapter, "_WATCH_PERIOD_S", 0.02)
     stub = Stub()
     yield stub
     stub.model.finalize()
@@ -190,3 +192,22 @@ def test_a_refusal_is_tried_again_and_never_raised(stub: Stub) -> None:
     request.get_response_sender = lambda: sender
     stub.model.execute([request])
     assert sender.error.code == "INVALID_ARG" and stub.outcomes() == {"invalid": 1}
+
+
+def test_what_fails_for_one_request_is_none_of_the_others_business(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    senders = [Sender() for _ in range(3)]
+    odd, well, _ = (stub.ask(sender) for sender in senders)
+    tokens = [TokenOutput(odd, 7, 72, None), TokenOutput(well, 0, 72, "length")]  # there is no eighth sequence
+    stub.model._on_outputs(Outputs(tokens, [], 0))
+    wait_until(lambda: senders[0].ended and senders[1].ended)
+    assert "a token could not be taken in" in senders[0].error.message and senders[1].error is None
+    with monkeypatch.context() as patch:
+        patch.setattr(stub.model, "_give_up_if_hopeless", None)
+        unknown = Sender(cancelled=FULL)
+        stub.ask(unknown)
+        senders[2].cancelled = True
+        wait_until(lambda: senders[2].ended)
+    assert senders[2].error.code == "CANCELLED" and not unknown.sent
+    unknown.cancelled = True
+    wait_until(lambda: unknown.ended)
+    assert stub.outcomes() == {"failed": 1, "completed": 1, "cancelled": 2}

@@ -12,6 +12,7 @@ from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError, UnavailableError
+from backend.serving import client, server_watch
 from backend.serving.client import EngineClient
 from backend.serving.protocol import EngineRecord
 from tests.waiting import wait_until
@@ -195,6 +196,37 @@ def test_abort_ends_a_request_silently(shared_stub):
     shared_stub.client.abort(1)
     wait_until(lambda: shared_stub.client.stats() and shared_stub.client.stats()[0].load == 0)
     assert not shared_stub.finished(1) and 1 not in shared_stub.ended
+
+
+def test_a_message_that_cannot_be_taken_in_loses_requests_and_not_the_connection(shared_stub, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_stub.client, "_on_outputs", None)
+        shared_stub.submit(1, max_tokens=900)
+        shared_stub.wait(lambda: 1 in shared_stub.lost)
+    assert "could not be taken in" in shared_stub.lost[1]
+    shared_stub.client.forget(1)
+    shared_stub.submit(2)
+    shared_stub.wait(lambda: shared_stub.finished(2))
+    wait_until(lambda: shared_stub.client.stats()[0].load == 0)
+
+
+@pytest.mark.parametrize(("num_failures", "exits"), [(2, []), (3, [1])])
+def test_a_stub_that_fails_to_look_after_its_engines_again_and_again_ends(tmp_path, monkeypatch, num_failures, exits):
+    monkeypatch.setattr(client, "_MAX_FAILURES", 3)
+    monkeypatch.setattr(client, "_WATCH_PERIOD_S", 0.001)
+    ended = []
+    monkeypatch.setattr(server_watch.os, "_exit", ended.append)
+    lonely = EngineClient("stub", CONFIG, tmp_path, os.getpid(), None, None)
+    passes = iter([OSError("too many open files")] * num_failures)
+
+    def watch(index, poller):
+        for error in passes:
+            raise error
+        lonely._closed.set()
+
+    monkeypatch.setattr(lonely, "_watch", watch)
+    lonely._run()
+    assert ended == exits
 
 
 def test_sigterm_drains_and_the_engine_is_not_restarted_while_shutting_down(stub, tmp_path):

@@ -13,11 +13,11 @@ from backend.serving.supervisor import Supervisor
 BECOME_READY = """echo '{"state": "ready", "generation": 2, "pid": '$$'}' > $4/engine-0.json"""
 
 
-def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Supervisor:
+def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, mode: int = 0o700) -> Supervisor:
     """A supervisor that has come to its end with an engine that has been ready before and is now this script."""
     engine = folder / "engine"
     engine.write_text(f"#!/bin/sh\necho start >> {folder}/starts\n{script}\n")
-    engine.chmod(0o700)
+    engine.chmod(mode)
     monkeypatch.setattr(supervisor, "python_executable", lambda: str(engine))
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.0, 0.01, 0.02))
     monkeypatch.setattr(supervisor, "_POLL_S", 0.01)
@@ -46,6 +46,23 @@ def test_only_an_engine_that_was_ready_for_long_has_recovered(tmp_path, monkeypa
     last = f"[ $(wc -l < {tmp_path}/starts) = 7 ] && exit {EXIT_CONFIG}"
     supervised(tmp_path, monkeypatch, f"{last}\n{prepare}\nsleep 0.25; exit 1")
     assert (tmp_path / "starts").read_text().count("start") == starts
+
+
+def test_an_engine_that_cannot_be_started_has_failed_like_others(tmp_path, monkeypatch) -> None:
+    watching = supervised(tmp_path, monkeypatch, "", mode=0o600)
+    record = EngineRecord.read(tmp_path, 0)
+    assert (record.state, record.generation) == ("failed", 5)
+    assert "the engine process could not be started: [Errno 13] Permission denied" in watching.failure
+
+
+def test_a_supervisor_that_fails_gives_its_engine_up(tmp_path, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no python3 on PATH")
+
+    watching = Supervisor(EngineConfig(checkpoint="dummy:tiny"), 0, tmp_path, server_pid=1)
+    monkeypatch.setattr(supervisor, "python_executable", fail)
+    watching.run()
+    assert watching.failure == "the engine cannot be watched: no python3 on PATH"
 
 
 def test_an_engine_that_dies_while_the_server_shuts_down_is_not_started_again(tmp_path, monkeypatch) -> None:

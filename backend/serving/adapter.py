@@ -24,7 +24,7 @@ import msgspec
 
 from backend.config import EngineConfig
 from backend.engine.prompt import check_prompt
-from backend.engine.request import Outcome
+from backend.engine.request import Outcome, timed_out
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.client import EngineClient
 from backend.serving.live_request import LiveRequest, Reply
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 RESPONSES_PER_S_AND_CORE = 150
 #: How often each request is asked about; an inter-process call each.
 _WATCH_PERIOD_S = 0.4
+#: A request whose timeout has passed by so much is ended here: its engine has had the time to do so.
+_TIMEOUT_GRACE_S = 5.0
 
 
 class _Sender:
@@ -281,16 +283,20 @@ class MoeLlmModel:
         while not self._closed.is_set():
             started = time.monotonic()
             try:
-                self._end_cancelled()
+                self._end_early_ones()
                 self._give_up_if_hopeless()
             except Exception:
                 log.exception("the requests could not be looked after; the next pass tries again")
             self._closed.wait(max(0.0, started + _WATCH_PERIOD_S - time.monotonic()))
 
-    def _end_cancelled(self) -> None:
-        """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""
+    def _end_early_ones(self) -> None:
+        """End requests whose client has gone (an inter-process call each, so off the step path) or whose time is over."""
         unknown: list[Exception] = []
         for live, sender in self._snapshot():
+            # The engine ends them itself between two steps, unless one of these does not end.
+            if live.overdue_s(time.monotonic()) > _TIMEOUT_GRACE_S:
+                self._end_early(live, "timeout", timed_out(live.parsed.params.timeout_s))
+                continue
             try:
                 cancelled = not live.ended and sender.is_cancelled()
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,6 +76,11 @@ class LiveRequest:
         self._settings_version = 0
         self._error: tuple[Outcome, str] | None = None
         self._ended = False
+
+    def overdue_s(self, now: float) -> float:
+        """Seconds since its timeout has passed; negative before, and without one."""
+        timeout_s = self.parsed.params.timeout_s
+        return -math.inf if timeout_s is None else now - self.arrival - timeout_s
 
     @property
     def ended(self) -> bool:

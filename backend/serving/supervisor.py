@@ -6,18 +6,22 @@ it with backoff; when that stub leaves, another takes over and adopts the runnin
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.serving.protocol import EXIT_CONFIG, EngineRecord, ProcessWatch
 
@@ -29,6 +33,9 @@ BACKOFF_S = (0.2, 1.0, 2.0, 5.0)
 #: An engine that was ready for this long is healthy again: the count of failures starts anew.
 _HEALTHY_AFTER_S = 30.0
 _POLL_S = 0.1
+#: An engine whose loop has not turned for so long hangs, in its GPU say. The longest steps take about half of it: those that
+#: compile kernels, wait for an expert worker to be started, or take a large prompt through a large model on few cores.
+_HUNG_AFTER_S = 300.0
 
 
 class Supervisor(threading.Thread):
@@ -77,8 +84,8 @@ class Supervisor(threading.Thread):
             generation = record.generation
             if record.state == "failed" and generation > self.ended_generation:
                 return  # the stub that led before has found it hopeless
-            if record.state in ("starting", "ready") and ProcessWatch(record.pid).alive():
-                self._wait_for_end(ProcessWatch(record.pid))
+            if record.state in ("starting", "ready") and (watch := ProcessWatch(record.pid)).alive():
+                self._follow(record.pid, watch.alive)
         while not self._stop_event.is_set() and not self._shutting_down():
             generation += 1
             ended = self._run_once(generation)
@@ -131,17 +138,48 @@ class Supervisor(threading.Thread):
             process.stdin.close()
         except BrokenPipeError:
             pass  # it died at once; its status says so
-        ready: float | None = None  # since when it has been
-        while (status := process.poll()) is None:
-            if ready is None and self._is_ready():
-                ready = time.monotonic()
-            if self._stop_event.wait(_POLL_S):
-                return None
-        return status, 0.0 if ready is None else time.monotonic() - ready
+        ready_s = self._follow(process.pid, lambda: process.poll() is None)
+        return None if ready_s is None else (process.returncode, ready_s)
 
-    def _wait_for_end(self, process: ProcessWatch) -> None:
-        while process.alive() and not self._stop_event.wait(_POLL_S):
-            pass
+    def _follow(self, pid: int, alive: Callable[[], bool]) -> float | None:
+        """Until the engine process ends, killed if it hangs: for how long it was ready. None if this stub leaves first."""
+        block = Block(block_path(self._runtime_dir), self._server_pid)
+        ready: float | None = None  # since when it has been
+        seen: object = None
+        silent_s = 0.0
+        try:
+            while alive():
+                if ready is None:
+                    ready = time.monotonic() if self._is_ready() else None
+                else:
+                    turn = self._turn(block)
+                    # Counted, not measured: while this process itself was suspended, the engine was, too.
+                    silent_s = silent_s + _POLL_S if turn == seen else 0.0
+                    seen = turn
+                    if silent_s > _HUNG_AFTER_S:
+                        self._kill(pid)
+                        silent_s = 0.0
+                if self._stop_event.wait(_POLL_S):
+                    return None
+        finally:
+            block.close()
+        return 0.0 if ready is None else time.monotonic() - ready
+
+    def _turn(self, block: Block) -> object:
+        """Another one with each turn of the engine's loop: it says at least ten times a second how its queue stands."""
+        try:
+            return block.queue_sequence(self._index)
+        except OSError:
+            return time.monotonic()  # unknown
+
+    def _kill(self, pid: int) -> None:
+        error = f"the engine process hung: its step has not ended within {_HUNG_AFTER_S:g} s"
+        log.error("engine %d is killed: %s", self._index, error)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if record := EngineRecord.read(self._runtime_dir, self._index):
+            record.error = error
+            record.write(self._runtime_dir, self._index)
 
     def _is_ready(self) -> bool:
         record = EngineRecord.read(self._runtime_dir, self._index)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.engine.request import TokenOutput
+from backend.engine.request import TokenOutput, timed_out
 from backend.serving import adapter, server_watch
 from backend.serving.adapter import MoeLlmModel
 from backend.serving.protocol import RUNTIME_DIR_ENV, EngineInfo, Outputs
@@ -211,3 +211,14 @@ def test_what_fails_for_one_request_is_none_of_the_others_business(stub: Stub, m
     unknown.cancelled = True
     wait_until(lambda: unknown.ended)
     assert stub.outcomes() == {"failed": 1, "completed": 1, "cancelled": 2}
+
+
+def test_a_timeout_that_the_engine_does_not_keep_is_kept_here(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_TIMEOUT_GRACE_S", 0.05)
+    late, patient = Sender(), Sender()
+    request_id = stub.ask(late, timeout_s=0.01)
+    stub.ask(patient)
+    wait_until(lambda: late.ended)
+    assert (late.error.message, late.error.code) == (timed_out(0.01), "UNAVAILABLE")
+    assert stub.client.aborted[0] == request_id and not patient.sent
+    assert stub.outcomes() == {"timeout": 1}

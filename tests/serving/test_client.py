@@ -229,6 +229,15 @@ def test_a_stub_that_fails_to_look_after_its_engines_again_and_again_ends(tmp_pa
     assert ended == exits
 
 
+def test_an_engines_loop_can_be_seen_to_turn_while_it_is_idle(shared_stub):
+    """By this its supervisor knows that it does not hang."""
+    block = Block(block_path(shared_stub.runtime_dir), os.getpid())
+    for _ in range(2):
+        turn = block.queue_sequence(0)
+        wait_until(lambda turn=turn: block.queue_sequence(0) != turn, 5)
+    block.close()
+
+
 def test_sigterm_drains_and_the_engine_is_not_restarted_while_shutting_down(stub, tmp_path):
     stub.submit(1, max_tokens=50)
     stub.wait(lambda: 1 in stub.tokens)

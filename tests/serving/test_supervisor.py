@@ -1,9 +1,13 @@
 """Which engine that ended is started again, and which is given up; the engine here is a script."""
 
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from backend.brownout.block import QUEUE, Block, block_path
 from backend.config import EngineConfig
 from backend.serving import supervisor
 from backend.serving.protocol import EXIT_CONFIG, EngineRecord
@@ -63,6 +67,23 @@ def test_a_supervisor_that_fails_gives_its_engine_up(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(supervisor, "python_executable", fail)
     watching.run()
     assert watching.failure == "the engine cannot be watched: no python3 on PATH"
+
+
+def test_an_engine_whose_loop_stands_still_is_killed_and_no_other(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(supervisor, "_HUNG_AFTER_S", 0.5)
+
+    def turn() -> None:
+        block = Block(block_path(tmp_path), 1)
+        for _ in range(60):
+            block.write_queue(0, np.zeros(1, QUEUE))
+            time.sleep(0.02)
+
+    loop = threading.Thread(target=turn)
+    loop.start()
+    last = f"[ $(wc -l < {tmp_path}/starts) = 2 ] && exit {EXIT_CONFIG}"
+    supervised(tmp_path, monkeypatch, f"{last}\n{BECOME_READY}\nexec sleep 60")
+    assert not loop.is_alive(), "it was not killed before the loop had come to its end"
+    assert "engine 0 ended (the engine process hung: its step has not ended within 0.5 s)" in caplog.text
 
 
 def test_an_engine_that_dies_while_the_server_shuts_down_is_not_started_again(tmp_path, monkeypatch) -> None:

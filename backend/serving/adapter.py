@@ -33,7 +33,7 @@ from backend.serving.model_parameters import ENGINE_MODEL, engine_parameters
 from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
 from backend.serving.prompt_length import PromptLengths
-from backend.serving.protocol import Outputs, replace_file, runtime_dir
+from backend.serving.protocol import Outputs, give_up, replace_file, runtime_dir
 from backend.serving.server_watch import end_stub
 from backend.serving.tokenizer import load_tokenizer
 
@@ -313,10 +313,17 @@ class MoeLlmModel:
         self._outbox.mark(live, urgent=True)
 
     def _give_up_if_hopeless(self) -> None:
-        """Unload the model once the engine has failed for good, so that the server stops reporting it as ready."""
+        """Unload the model once the engine has failed for good, so that the server stops reporting it as ready.
+
+        The launcher, where there is one, is told why and ends the server.
+        """
         if self._client.failure and not self._closed.is_set():
             log.error("%s is unloaded: %s", self._name, self._client.failure)
             self._closed.set()
+            try:
+                give_up(self._runtime_dir, f"{self._name}: {self._client.failure}")
+            except OSError as error:
+                log.error("the launcher could not be told: %s", error)
             try:
                 self._pb_utils.unload_model(self._name)
             except Exception as error:

@@ -1,6 +1,7 @@
 """Run Triton with this repository's models and keep it running: `python -m backend.serving.launch --help`.
 
     start ─▶ ready ─▶ watch ──(server or a stub died)──▶ kill all its processes ─▶ back off ─▶ start
+                        ├──(an engine was given up)──▶ kill all its processes, status 1
                         └──(SIGTERM, SIGINT)──▶ engines drain ─▶ server stops ─▶ kill what is left
 
 Triton cannot end the streams of a stub that died, so a dead stub means a new server.
@@ -35,7 +36,7 @@ from backend.serving.launch_processes import (
     reap_orphans,
 )
 from backend.serving.launch_workspace import Workspace
-from backend.serving.protocol import RUNTIME_DIR_ENV
+from backend.serving.protocol import RUNTIME_DIR_ENV, given_up
 from backend.serving.server_log import ServerLog
 from backend.serving.supervisor import SHUTDOWN_MARK
 from backend.serving.triton_server import locate_server
@@ -54,6 +55,10 @@ _HEALTHY_AFTER_S = 60.0
 
 class _StopRequested(Exception):
     """SIGTERM, SIGINT or SIGHUP came, or the parent is gone."""
+
+
+class _GivenUp(Exception):
+    """An engine has failed for good: its models are gone, and another start of the server would not bring them back."""
 
 
 class Launcher:
@@ -77,6 +82,9 @@ class Launcher:
         except _StopRequested:
             self._stop_gracefully()
             return 0
+        except _GivenUp as reason:
+            _note(f"the server is given up: {reason}")
+            return 1
         finally:
             kill_descendants()
             self._workspace.remove()
@@ -146,6 +154,7 @@ class Launcher:
         while time.monotonic() < deadline:
             if self._server_ended():
                 return self._why_it_ended()
+            self._check_engines()
             if self._is_ready():
                 return None
             self._sleep(_POLL_S)
@@ -157,9 +166,15 @@ class Launcher:
         while True:
             if self._server_ended():
                 return self._why_it_ended()
+            self._check_engines()
             if (stub := stubs.crashed()) is not None:
                 return f"the stub of {stub.model} (pid {stub.pid}) died"
             self._sleep(_POLL_S)
+
+    def _check_engines(self) -> None:
+        """A server whose models a user has unloaded is well; one whose stubs have unloaded theirs raises _GivenUp."""
+        if reason := given_up(self._workspace.path):
+            raise _GivenUp(reason)
 
     def _server_ended(self) -> bool:
         assert self._server is not None

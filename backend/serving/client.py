@@ -302,11 +302,11 @@ class EngineClient:
             self._on_lost(lost, "the engine process ended unexpectedly; the request is lost, send it again")
             return
         record = EngineRecord.read(self._runtime_dir, index)
-        if record is None:
-            return
         supervisor = self._supervisors[index]
         if supervisor.failure:
             self._failure = supervisor.failure
+        elif record is None:
+            return
         elif record.state == "failed" and record.error:
             # One of before this load means nothing: this stub's supervisor is about to start the engine anew.
             if record.generation > supervisor.ended_generation:

@@ -12,7 +12,7 @@ from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError, UnavailableError
-from backend.serving import client, server_watch
+from backend.serving import client, server_watch, supervisor
 from backend.serving.client import EngineClient
 from backend.serving.protocol import EngineRecord
 from tests.waiting import wait_until
@@ -190,6 +190,15 @@ def test_start_up_failure_is_one_sentence_and_not_retried(tmp_path, config, mess
     assert EngineRecord.read(tmp_path, 0).generation == 1
 
 
+def test_a_start_without_a_supervisor_fails_and_does_not_wait(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(supervisor.Supervisor, "_lead", fail)
+    with pytest.raises(ConfigError, match="the engine cannot be watched: too many open files"):
+        Stub(tmp_path).client.start()
+
+
 def test_abort_ends_a_request_silently(shared_stub):
     shared_stub.submit(1, max_tokens=900)
     shared_stub.wait(lambda: 1 in shared_stub.tokens)
@@ -207,7 +216,7 @@ def test_a_message_that_cannot_be_taken_in_loses_requests_and_not_the_connection
     shared_stub.client.forget(1)
     shared_stub.submit(2)
     shared_stub.wait(lambda: shared_stub.finished(2))
-    wait_until(lambda: shared_stub.client.stats()[0].load == 0)
+    wait_until(lambda: [stats.load for stats in shared_stub.client.stats()] == [0])
 
 
 @pytest.mark.parametrize(("num_failures", "exits"), [(2, []), (3, [1])])

@@ -145,9 +145,13 @@ class EngineRecord(msgspec.Struct):
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old or the new contents, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def give_up(runtime_dir: Path, reason: str) -> None:

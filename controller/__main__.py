@@ -20,7 +20,7 @@ from backend.brownout.step_model import StepModel
 from backend.errors import ConfigError
 from controller import stepmodel
 from controller.client import BrownoutClient, Refused, Unreachable
-from controller.config import TOKEN_ENV, ControllerConfig, add_flags, read_config
+from controller.config import EXIT_CONFIG, TOKEN_ENV, ControllerConfig, add_flags, read_config
 from controller.event_log import EventLog, read_events
 from controller.laws import Predictive
 from controller.loop import Controller, make_law
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m controller",
         description="Dim the model just enough to keep its latency objectives. SIGTERM or SIGINT hands the settings back. "
-        f"The server's control token is read from ${TOKEN_ENV}. Exit status: 0 ended on request, 1 failed, 2 usage.",
+        f"The server's control token is read from ${TOKEN_ENV}. Exit status: 0 ended on request, {EXIT_CONFIG} usage, "
+        "configuration, or the server refuses what is asked for; any other: failed, another start may help.",
     )
     parser.add_argument("--dry-run", action="store_true", help="decide and log, but set nothing")
     parser.add_argument(
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return _replay(config, args.replay) if args.replay else _run(config, args.dry_run)
     except (ConfigError, Refused) as error:
         print(f"controller: {error}", file=sys.stderr)
-        return 1
+        return EXIT_CONFIG
 
 
 def _replay(config: ControllerConfig, path: Path) -> int:
@@ -97,10 +98,17 @@ def _loop(config: ControllerConfig, controller: Controller, law: object, stop: t
         controller.turn(min(now - last, 2 * config.period_s))
         last = now
         if keep is not None and now >= save_at:
-            stepmodel.save(law.model, keep)
+            _save(law.model, keep)
             save_at = now + _SAVE_PERIOD_S
     if keep is not None:
-        stepmodel.save(law.model, keep)
+        _save(law.model, keep)
+
+
+def _save(model: StepModel, path: Path) -> None:
+    try:
+        stepmodel.save(model, path)
+    except OSError as error:
+        log.warning("the step model %s cannot be written: %s", path, error.strerror)
 
 
 def _levels(

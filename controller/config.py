@@ -16,6 +16,8 @@ from backend.environment import check_names
 from backend.errors import ConfigError, nearest_known
 from controller.laws.predictive import BRIGHTEN_PER_S, HYSTERESIS, MARGIN
 
+#: Exit status of a controller whose configuration is wrong or refused by the server: another start would not help.
+EXIT_CONFIG = 2
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
 #: A setting's name in capitals after this is an environment variable that gives it.
 ENV_PREFIX = "CONTROLLER_"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import msgspec
 
 from backend.errors import ConfigError
 from controller.reading import Reading
+
+log = logging.getLogger("controller")
 
 
 class Event(msgspec.Struct):
@@ -32,9 +37,14 @@ class Event(msgspec.Struct):
 
 
 class EventLog:
-    """Appends events to a file; without a path it does nothing. Raises ConfigError if the file cannot be opened."""
+    """Appends events to a file; without a path it does nothing. Raises ConfigError if the file cannot be opened.
+
+    What cannot be written later (a full disk) is left out: control goes on.
+    """
 
     def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._failed = False
         self._file = None
         if path is not None:
             try:
@@ -43,8 +53,19 @@ class EventLog:
                 raise ConfigError(f"the event log {path} cannot be written: {error.strerror}") from None
 
     def write(self, event: Event) -> None:
-        if self._file is not None:
-            self._file.write(msgspec.json.encode(event) + b"\n")
+        if self._file is None:
+            return
+        line = msgspec.json.encode(event) + b"\n"
+        try:
+            written = self._file.write(line)
+            if written < len(line):
+                self._file.truncate(os.fstat(self._file.fileno()).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("the event log %s cannot be written, its events are lost: %s", self._path, error.strerror)
+            self._failed = True
 
     def close(self) -> None:
         if self._file is not None:

@@ -2,8 +2,8 @@
 
     launcher starts ─▶ READY ─▶ controller starts ─▶ (SIGTERM, SIGINT) ─▶ controller hands back ─▶ launcher ends
 
-The server matters more: a controller that fails for good leaves it running at full quality, one that dies is started again,
-and when the launcher has ended the controller is ended, too.
+The server matters more: a controller whose configuration cannot be leaves it running at full quality, one that ends for any
+other reason is started again, and when the launcher has ended the controller is ended, too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from collections.abc import Sequence
 
 from backend.errors import ConfigError
 from backend.serving.launch_processes import die_with_parent
-from controller.config import ENV_PREFIX, add_flags, read_config
+from controller.config import ENV_PREFIX, EXIT_CONFIG, add_flags, read_config
 
 #: The objectives where nobody names any: first token after 1 s, a token every 0.1 s.
 _DEFAULT_ENV = {f"{ENV_PREFIX}TTFT_SLO_S": "1.0", f"{ENV_PREFIX}ITL_SLO_S": "0.1"}
-#: A controller that died is started again after so long.
-_RESTART_S = 1.0
+#: Seconds before each start in a row of a controller that ended; the last one from then on.
+_RESTART_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+#: One that ran for so long has recovered: its next end is a first one.
+_HEALTHY_AFTER_S = 60.0
 _HAND_BACK_S = 5.0
 _POLL_S = 0.1
 
@@ -37,6 +39,8 @@ class Pair:
         self._control = [sys.executable, "-m", "controller", *control]
         self._launcher: subprocess.Popen[bytes] | None = None
         self._controller: subprocess.Popen[bytes] | None = None
+        self._controller_started = 0.0
+        self._num_ends = 0  # of controllers, in a row
         self._grpc = ""
         self._stop = 0
 
@@ -67,20 +71,33 @@ class Pair:
     def _look_after_controller(self) -> float | None:
         """Start the controller if there is none; when to look again, None for never."""
         if self._controller is None:
-            self._controller = subprocess.Popen(
-                [*self._control, "--triton", self._grpc],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=die_with_parent(),
-            )
+            self._controller_started = time.monotonic()
+            try:
+                self._controller = subprocess.Popen(
+                    [*self._control, "--triton", self._grpc],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent(),
+                )
+            except OSError as error:
+                return self._start_again(f"could not be started: {error}")
         elif (status := self._controller.poll()) is not None:
             self._controller = None
-            if status > 0:
+            if status == EXIT_CONFIG:
                 _note(f"the controller ended with status {status}; the server goes on at its baseline")
                 return None
-            _note("the controller died and is started again")
-            return time.monotonic() + _RESTART_S
+            return self._start_again(f"died with status {status}")
         return 0.0
+
+    def _start_again(self, what: str) -> float:
+        """When to."""
+        now = time.monotonic()
+        if now - self._controller_started > _HEALTHY_AFTER_S:
+            self._num_ends = 0
+        pause_s = _RESTART_S[min(self._num_ends, len(_RESTART_S) - 1)]
+        self._num_ends += 1
+        _note(f"the controller {what}; it is started again in {pause_s:g} s")
+        return now + pause_s
 
     def _end_controller(self) -> None:
         if self._controller is None:

@@ -26,7 +26,7 @@ from backend.engine.block_manager import BlockManager
 from backend.engine.model_runner import ModelRunner, resolve_async_scheduling
 from backend.engine.penalties import SampleRow
 from backend.engine.prompt import check_prompt
-from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput
+from backend.engine.request import FINISH_LENGTH, FINISH_STOP, Request, RequestEnded, Sequence, TokenOutput, timed_out
 from backend.engine.request_book import RequestBook
 from backend.engine.sampler import Sampled, Sampling
 from backend.engine.scheduler import Schedule, Scheduler
@@ -362,8 +362,7 @@ class Engine:
         events: list[Event] = []
         for request in self._requests.expired():
             self.abort(request.request_id)
-            message = f"the request timed out after {request.params.timeout_s:g} s (timeout_s)"
-            events.append(RequestEnded(request.request_id, "timeout", message))
+            events.append(RequestEnded(request.request_id, "timeout", timed_out(request.params.timeout_s)))
         return events
 
 

@@ -159,6 +159,11 @@ class TokenOutput(msgspec.Struct, array_like=True, omit_defaults=True):
 Outcome = Literal["completed", "invalid", "rejected", "timeout", "cancelled", "lost", "failed"]
 
 
+def timed_out(timeout_s: float) -> str:
+    """What a request is told whose time is over."""
+    return f"the request timed out after {timeout_s:g} s (timeout_s)"
+
+
 class RequestEnded(msgspec.Struct, array_like=True):
     """A request that ends without (further) tokens."""
 

@@ -7,6 +7,7 @@ Triton. `execute` never waits for a token.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -23,7 +24,7 @@ import msgspec
 
 from backend.config import EngineConfig
 from backend.engine.prompt import check_prompt
-from backend.engine.request import Outcome
+from backend.engine.request import Outcome, timed_out
 from backend.errors import ConfigError, InvalidRequestError, UnavailableError
 from backend.serving.client import EngineClient
 from backend.serving.live_request import LiveRequest, Reply
@@ -32,7 +33,8 @@ from backend.serving.model_parameters import ENGINE_MODEL, engine_parameters
 from backend.serving.outbox import Outbox
 from backend.serving.parse import parse_request
 from backend.serving.prompt_length import PromptLengths
-from backend.serving.protocol import Outputs, replace_file, runtime_dir
+from backend.serving.protocol import Outputs, give_up, replace_file, runtime_dir
+from backend.serving.server_watch import end_stub
 from backend.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,9 @@ log = logging.getLogger(__name__)
 #: Together about a tenth of the processors, for stub, server and a client beside them (docs/results/cpu.md).
 RESPONSES_PER_S_AND_CORE = 150
 #: How often each request is asked about; an inter-process call each.
-_CANCEL_PERIOD_S = 0.4
+_WATCH_PERIOD_S = 0.4
+#: A request whose timeout has passed by so much is ended here: its engine has had the time to do so.
+_TIMEOUT_GRACE_S = 5.0
 
 
 class _Sender:
@@ -100,10 +104,10 @@ class MoeLlmModel:
         self._outbox: Outbox[LiveRequest] = Outbox(self._deliver, rate, attrgetter("last_sent_s"))
         self._metrics = Metrics(self._pb_utils, self._name, version, engine_wide=self._name == ENGINE_MODEL)
         self._lengths = PromptLengths()
-        self._canceller = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)
+        self._request_watch = threading.Thread(target=self._watch_requests, name="request-watch", daemon=True)
         self._outbox.start()
         self._metrics.start(self._client.stats)
-        self._canceller.start()
+        self._request_watch.start()
         # Going through all that is loaded would hold up every request for 100 ms of processor time.
         gc.collect()
         gc.freeze()
@@ -164,18 +168,23 @@ class MoeLlmModel:
 
     def _refuse(self, sender: _Sender, outcome: Outcome, message: str) -> None:
         self._metrics.ended(outcome, 0, None)
-        self._send(sender, Reply({}, message, outcome, 0))
+        self._send_last(sender, Reply({}, message, outcome, 0))
 
     def _on_outputs(self, outputs: Outputs) -> None:
         """Called by the client thread with one engine step's news."""
         for token in outputs.tokens:
             live = self._find(token.request_id)
-            if live is not None:
+            if live is None:
+                continue
+            try:
                 urgent, stopped = live.add(token, outputs.settings_version)
-                if stopped:
-                    self._client.abort(token.request_id, token.index)
-                if urgent or live.parsed.stream:
-                    self._outbox.mark(live, urgent)
+            except Exception as error:
+                self._break_off(live, f"a token could not be taken in: {error}")
+                continue
+            if stopped:
+                self._client.abort(token.request_id, token.index)
+            if urgent or live.parsed.stream:
+                self._outbox.mark(live, urgent)
         for ended in outputs.ended:
             live = self._find(ended.request_id)
             if live is not None:
@@ -191,19 +200,36 @@ class MoeLlmModel:
 
     def _deliver(self, live: LiveRequest) -> None:
         """Called by the outbox thread: hand the request's next response to Triton."""
-        reply = live.take()
+        try:
+            reply = live.take()
+        except Exception as error:
+            self._break_off(live, f"a response could not be made: {error}")
+            return
         if reply is None:
             return
         with self._live_lock:
             _, sender = self._live[live.request_id]
             if reply.final:
                 del self._live[live.request_id]
+        if reply.final:
+            try:
+                self._book(live, self._send_last(sender, reply))
+            finally:
+                self._client.forget(live.request_id)
+            return
         try:
             self._send(sender, reply)
+        except Exception as error:
+            self._break_off(live, f"a response could not be handed over: {error}")
+        else:
             self._book(live, reply)
-        finally:
-            if reply.final:
-                self._client.forget(live.request_id)
+
+    def _break_off(self, live: LiveRequest, message: str) -> None:
+        """To be called where an error is handled: this request cannot go on; the others can."""
+        log.exception("a request is ended: %s", message)
+        self._client.abort(live.request_id)
+        live.fail("failed", message, incomplete=True)
+        self._outbox.mark(live, urgent=True)
 
     def _book(self, live: LiveRequest, reply: Reply) -> None:
         """Stamp the latencies of a response that has just been handed to Triton."""
@@ -234,23 +260,70 @@ class MoeLlmModel:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if reply.final else 0
         sender.send(response, flags)
 
-    def _watch_cancellations(self) -> None:
-        """Ask Triton, request by request, whether the client has gone; an inter-process call each, so off the step path."""
+    def _send_last(self, sender: _Sender, reply: Reply) -> Reply:
+        """Hand over a final response, or an error in its place. Returns what was handed over."""
+        try:
+            self._send(sender, reply)
+            return reply
+        except Exception as error:
+            log.exception("a final response could not be handed over")
+            if reply.error is None:
+                reply = Reply({}, f"the final response could not be handed over: {error}", "failed", 0)
+        final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        for attempt in (lambda: self._send(sender, reply), lambda: sender.send(None, final)):
+            with contextlib.suppress(Exception):
+                attempt()
+                return reply
+        # Triton's sender counts as closed from the first attempt on if that failed for want of shared memory. Nothing but the
+        # end of the server ends the request then; the launcher brings one with new shared memory up.
+        end_stub("a request cannot be ended")
+        return reply
+
+    def _watch_requests(self) -> None:
         while not self._closed.is_set():
             started = time.monotonic()
-            for live, sender in self._snapshot():
-                if not live.ended and sender.is_cancelled():
-                    self._client.abort(live.request_id)
-                    live.fail("cancelled", "the request was cancelled by its client")
-                    self._outbox.mark(live, urgent=True)
-            self._give_up_if_hopeless()
-            self._closed.wait(max(0.0, started + _CANCEL_PERIOD_S - time.monotonic()))
+            try:
+                self._end_early_ones()
+                self._give_up_if_hopeless()
+            except Exception:
+                log.exception("the requests could not be looked after; the next pass tries again")
+            self._closed.wait(max(0.0, started + _WATCH_PERIOD_S - time.monotonic()))
+
+    def _end_early_ones(self) -> None:
+        """End requests whose client has gone (an inter-process call each, so off the step path) or whose time is over."""
+        unknown: list[Exception] = []
+        for live, sender in self._snapshot():
+            # The engine ends them itself between two steps, unless one of these does not end.
+            if live.overdue_s(time.monotonic()) > _TIMEOUT_GRACE_S:
+                self._end_early(live, "timeout", timed_out(live.parsed.params.timeout_s))
+                continue
+            try:
+                cancelled = not live.ended and sender.is_cancelled()
+            except Exception as error:
+                unknown.append(error)
+                continue
+            if cancelled:
+                self._end_early(live, "cancelled", "the request was cancelled by its client")
+        if unknown:
+            log.error("%d requests could not be asked whether they are cancelled: %s", len(unknown), unknown[0])
+
+    def _end_early(self, live: LiveRequest, outcome: Outcome, message: str) -> None:
+        self._client.abort(live.request_id)
+        live.fail(outcome, message)
+        self._outbox.mark(live, urgent=True)
 
     def _give_up_if_hopeless(self) -> None:
-        """Unload the model once the engine has failed for good, so that the server stops reporting it as ready."""
+        """Unload the model once the engine has failed for good, so that the server stops reporting it as ready.
+
+        The launcher, where there is one, is told why and ends the server.
+        """
         if self._client.failure and not self._closed.is_set():
             log.error("%s is unloaded: %s", self._name, self._client.failure)
             self._closed.set()
+            try:
+                give_up(self._runtime_dir, f"{self._name}: {self._client.failure}")
+            except OSError as error:
+                log.error("the launcher could not be told: %s", error)
             try:
                 self._pb_utils.unload_model(self._name)
             except Exception as error:

@@ -32,6 +32,7 @@ from backend.serving.protocol import (
     decode_to_stub,
     encode,
 )
+from backend.serving.server_watch import end_stub
 from backend.serving.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ _POLL_MS = 50
 _WATCH_PERIOD_S = 0.1
 _START_POLL_S = 0.05
 _REPORT_PERIOD_S = 0.1
+#: After so many failed passes in a row the stub ends itself.
+_MAX_FAILURES = 50
 
 OnOutputs = Callable[[Outputs], None]
 OnLost = Callable[[list[int], str], None]
@@ -237,21 +240,39 @@ class EngineClient:
             )
 
     def _run(self) -> None:
-        """Receive until closed; look after the engines' lives in between."""
+        try:
+            self._serve()
+        except Exception:
+            log.exception("the connection to the engines cannot go on")
+            end_stub("its requests would wait for ever")
+
+    def _serve(self) -> None:
+        """Receive until closed; look after the engines' lives in between. What fails is tried again, up to a limit."""
         poller = zmq.Poller()
         next_watch_s = next_report_s = 0.0
+        num_failures = 0
         while not self._closed.is_set():
-            if time.monotonic() >= next_watch_s:
-                for index in range(len(self._config.devices)):
-                    self._watch(index, poller)
-                next_watch_s = time.monotonic() + _WATCH_PERIOD_S
-            if not self._links:  # an empty poller would not wait
+            try:
+                if time.monotonic() >= next_watch_s:
+                    next_watch_s = time.monotonic() + _WATCH_PERIOD_S
+                    for index in range(len(self._config.devices)):
+                        self._watch(index, poller)
+                if not self._links:  # an empty poller would not wait
+                    self._closed.wait(_WATCH_PERIOD_S)
+                for socket, _ in poller.poll(_POLL_MS):
+                    self._receive(socket)
+                if time.monotonic() >= next_report_s:
+                    next_report_s = time.monotonic() + _REPORT_PERIOD_S
+                    self._report_latencies()
+                num_failures = 0
+            except Exception:
+                num_failures += 1
+                if self._closed.is_set():
+                    return
+                if num_failures == _MAX_FAILURES:
+                    raise
+                log.exception("the engines could not be looked after; it is tried again")
                 self._closed.wait(_WATCH_PERIOD_S)
-            for socket, _ in poller.poll(_POLL_MS):
-                self._receive(socket)
-            if time.monotonic() >= next_report_s:
-                self._report_latencies()
-                next_report_s = time.monotonic() + _REPORT_PERIOD_S
 
     def _report_latencies(self) -> None:
         with self._lock:
@@ -281,11 +302,11 @@ class EngineClient:
             self._on_lost(lost, "the engine process ended unexpectedly; the request is lost, send it again")
             return
         record = EngineRecord.read(self._runtime_dir, index)
-        if record is None:
-            return
         supervisor = self._supervisors[index]
         if supervisor.failure:
             self._failure = supervisor.failure
+        elif record is None:
+            return
         elif record.state == "failed" and record.error:
             # One of before this load means nothing: this stub's supervisor is about to start the engine anew.
             if record.generation > supervisor.ended_generation:
@@ -293,27 +314,43 @@ class EngineClient:
         elif record.state == "stopped":
             self._reason = "the engine is stopping"
         elif record.state == "ready" and (watch := ProcessWatch(record.pid)).alive():
-            inbox, outbox = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+            link = self._connect(index, record, watch)
+            poller.register(link.inbox, zmq.POLLIN)
+            with self._lock:
+                self._links[index] = link
+
+    def _connect(self, index: int, record: EngineRecord, watch: ProcessWatch) -> _Link:
+        inbox, outbox = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+        try:
             inbox.setsockopt(zmq.RCVHWM, 0)
             outbox.setsockopt(zmq.SNDHWM, 0)
             address = f"ipc://{self._runtime_dir}/c{os.getpid()}-{index}-{record.generation}.sock"
             inbox.bind(address)
             outbox.connect(record.address)
             outbox.send(encode(Hello(self._name, address, os.getpid())))
-            poller.register(inbox, zmq.POLLIN)
-            with self._lock:
-                gate = Gate(self._config.max_waiting, self._config.shed_ttft_s)
-                self._links[index] = _Link(record.generation, inbox, outbox, watch, gate)
+        except zmq.ZMQError:
+            inbox.close(linger=0)
+            outbox.close(linger=0)
+            raise
+        gate = Gate(self._config.max_waiting, self._config.shed_ttft_s)
+        return _Link(record.generation, inbox, outbox, watch, gate)
 
     def _receive(self, socket: zmq.Socket) -> None:
-        message = decode_to_stub(socket.recv())
-        if isinstance(message, Outputs):
-            self._on_outputs(message)
-            return
-        with self._lock:
-            for link in self._links.values():
-                if link.inbox is socket:
-                    if isinstance(message, EngineInfo):
-                        link.info = message
-                    else:
-                        link.stats = message
+        data = socket.recv()
+        link = next(link for link in self._links.values() if link.inbox is socket)
+        try:
+            message = decode_to_stub(data)
+            if isinstance(message, Outputs):
+                self._on_outputs(message)
+            elif isinstance(message, EngineInfo):
+                link.info = message
+            else:
+                link.stats = message
+        except Exception:
+            # Whose tokens it had is unknown, or who has got theirs: none of these requests has its text for certain.
+            log.exception("a message of the engine could not be taken in")
+            with self._lock:
+                lost = sorted(link.active)
+            for request_id in lost:
+                self.abort(request_id)
+            self._on_lost(lost, "a message of the engine could not be taken in; the request is lost, send it again")

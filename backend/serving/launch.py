@@ -1,6 +1,7 @@
 """Run Triton with this repository's models and keep it running: `python -m backend.serving.launch --help`.
 
     start ─▶ ready ─▶ watch ──(server or a stub died)──▶ kill all its processes ─▶ back off ─▶ start
+                        ├──(an engine was given up)──▶ kill all its processes, status 1
                         └──(SIGTERM, SIGINT)──▶ engines drain ─▶ server stops ─▶ kill what is left
 
 Triton cannot end the streams of a stub that died, so a dead stub means a new server.
@@ -16,11 +17,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -38,7 +36,8 @@ from backend.serving.launch_processes import (
     reap_orphans,
 )
 from backend.serving.launch_workspace import Workspace
-from backend.serving.protocol import RUNTIME_DIR_ENV
+from backend.serving.protocol import RUNTIME_DIR_ENV, given_up
+from backend.serving.server_log import ServerLog
 from backend.serving.supervisor import SHUTDOWN_MARK
 from backend.serving.triton_server import locate_server
 
@@ -62,6 +61,10 @@ class _StopRequested(Exception):
     """SIGTERM, SIGINT or SIGHUP came, or the parent is gone."""
 
 
+class _GivenUp(Exception):
+    """An engine has failed for good: its models are gone, and another start of the server would not bring them back."""
+
+
 class Launcher:
     """One launch: a server at a time, and everything below it."""
 
@@ -69,32 +72,27 @@ class Launcher:
         self._options = options
         self._parent_pid = os.getppid()
         self._stop_signals = 0
+        self._log = ServerLog(options.log)
         self._workspace = Workspace()
-        try:
-            self._log_path, self._log = _open_log(options.log)
-        except BaseException:
-            self._workspace.remove()
-            raise
         self._server: subprocess.Popen[bytes] | None = None
-        #: Where the present server's output starts in the log.
-        self._log_start = 0
 
     def run(self) -> int:
         """Serve until told to stop (0) or until it is hopeless (1)."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         become_subreaper()
-        if self._options.log is None:
-            _note(f"the server's log is {self._log_path}")
         try:
             return self._serve()
         except _StopRequested:
             self._stop_gracefully()
             return 0
+        except _GivenUp as reason:
+            _note(f"the server is given up: {reason}")
+            return 1
         finally:
             kill_descendants()
             self._workspace.remove()
-            self._log.close()
+            self._log.finish()
 
     def _serve(self) -> int:
         num_failures = 0
@@ -143,17 +141,18 @@ class Launcher:
             DRAIN_TIMEOUT_ENV: f"{options.drain_timeout_s:g}",
             BLOCK_ENV: os.environ.get(BLOCK_ENV) or str(self._workspace.path / BLOCK_NAME),
         }
-        self._log_start = self._log.seek(0, os.SEEK_END)
         # A session of its own: a terminal's Ctrl-C reaches the launcher alone, which ends the rest in the right order.
         self._server = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            bufsize=0,
             env=env,
             start_new_session=True,
             preexec_fn=die_with_parent(),
         )
+        self._log.follow(self._server.stdout)
 
     def _wait_ready(self) -> str | None:
         """None once every model is ready, else a sentence that says why the server will not be."""
@@ -162,10 +161,11 @@ class Launcher:
         while time.monotonic() < deadline:
             if self._server_ended():
                 return self._why_it_ended()
+            self._check_engines()
             if self._is_ready():
                 return None
             self._sleep(_POLL_S)
-        return f"the models were not ready within {timeout_s:g} s (--startup-timeout); the log is {self._log_path}"
+        return f"the models were not ready within {timeout_s:g} s (--startup-timeout); {self._log.place}"
 
     def _watch(self) -> str:
         """Watch the ready server until it or a stub dies; says which."""
@@ -173,9 +173,15 @@ class Launcher:
         while True:
             if self._server_ended():
                 return self._why_it_ended()
+            self._check_engines()
             if (stub := stubs.crashed()) is not None:
                 return f"the stub of {stub.model} (pid {stub.pid}) died"
             self._sleep(_POLL_S)
+
+    def _check_engines(self) -> None:
+        """A server whose models a user has unloaded is well; one whose stubs have unloaded theirs raises _GivenUp."""
+        if reason := given_up(self._workspace.path):
+            raise _GivenUp(reason)
 
     def _server_ended(self) -> bool:
         assert self._server is not None
@@ -187,10 +193,9 @@ class Launcher:
         status = self._server.returncode
         if status < 0:
             return f"the Triton server was killed by {signal.Signals(-status).name}"
-        with open(self._log_path, errors="replace") as log:
-            log.seek(self._log_start)
-            sentence = failure_sentence(log.read())
-        return sentence or f"the Triton server ended with status {status}; its log is {self._log_path}"
+        kill_descendants()  # its stubs may have more to say, or nothing and keep the log open
+        sentence = failure_sentence(self._log.last())
+        return sentence or f"the Triton server ended with status {status}; {self._log.place}"
 
     def _is_ready(self) -> bool:
         """Whether our own server (another program may sit on the port) has all models ready and all its ports open."""
@@ -251,20 +256,6 @@ class Launcher:
 
     def _on_signal(self, _signal: int, _frame: object) -> None:
         self._stop_signals += 1
-
-
-def _open_log(path: Path | None) -> tuple[Path, IO[bytes]]:
-    if path is None:
-        handle, name = tempfile.mkstemp(prefix="brownoutserve-", suffix=".log")
-        return Path(name), os.fdopen(handle, "ab")
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise ConfigError(f"the log file {path} cannot be written: {error.strerror} (--log)") from None
-    if not file.seekable():
-        file.close()
-        raise ConfigError(f"the log {path} must be a file, not a pipe or a terminal: the launcher reads it too (--log)")
-    return path.absolute(), file
 
 
 def _note(sentence: str) -> None:

@@ -70,7 +70,7 @@ def parse_options(argv: list[str] | None) -> LaunchOptions:
     )
     for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         option(f"--{name}-port", type=_port, default=port, metavar="P", help=f"0 picks a free one (default {port})")
-    option("--log", type=Path, metavar="FILE", help="append server output to it (default: a new file, named on stderr)")
+    option("--log", type=Path, metavar="FILE", help="append the server's output to it (default: to stderr)")
     option("--model-repository", type=Path, metavar="DIR", help="default: this repository's own")
     option("--models", nargs="+", metavar="NAME", help="models to load (default: every model of the model repository)")
     option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,6 +77,11 @@ class LiveRequest:
         self._error: tuple[Outcome, str] | None = None
         self._ended = False
 
+    def overdue_s(self, now: float) -> float:
+        """Seconds since its timeout has passed; negative before, and without one."""
+        timeout_s = self.parsed.params.timeout_s
+        return -math.inf if timeout_s is None else now - self.arrival - timeout_s
+
     @property
     def ended(self) -> bool:
         """Whether the final response has been taken."""
@@ -107,10 +113,10 @@ class LiveRequest:
             finished = all(s.finish_reason for s in self._sequences)
             return finished or (first and self.parsed.stream), stopped
 
-    def fail(self, outcome: Outcome, message: str) -> None:
-        """End with an error; ignored if the request has finished."""
+    def fail(self, outcome: Outcome, message: str, *, incomplete: bool = False) -> None:
+        """End with an error; ignored if the request has finished, unless its text is `incomplete`: a part of it is lost."""
         with self._lock:
-            if not self._ended and not all(s.finish_reason for s in self._sequences):
+            if not self._ended and (incomplete or not all(s.finish_reason for s in self._sequences)):
                 self._error = self._error or (outcome, message)
 
     def take(self) -> Reply | None:

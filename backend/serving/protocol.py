@@ -6,6 +6,7 @@ in the runtime directory (BROWNOUT_RUNTIME_DIR, made by the launcher):
     engine-<i>.json   EngineRecord: what engine i is doing; replaced atomically by whoever changes it
     engine-<i>.lock   held by the stub that starts and watches engine i
     stub-<pid>.json   written by a stub while its model is loaded; one left by a dead process means a crashed stub
+    given-up-<pid>    written by a stub whose engine has failed for good: why; the launcher then ends the server
 """
 
 from __future__ import annotations
@@ -144,9 +145,23 @@ class EngineRecord(msgspec.Struct):
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old or the new contents, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def give_up(runtime_dir: Path, reason: str) -> None:
+    """Tell the launcher that this stub's engine has failed for good."""
+    replace_file(runtime_dir / f"given-up-{os.getpid()}", reason.encode())
+
+
+def given_up(runtime_dir: Path) -> str | None:
+    """Why a stub has given its engine up, if one has."""
+    return next((path.read_text() for path in runtime_dir.glob("given-up-*")), None)
 
 
 class ProcessWatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from backend.brownout.profile import Level
+from backend.brownout.step_model import StepModel
 from backend.errors import ConfigError
+from backend.serving.protocol import replace_file
+from controller.__main__ import _save as save
 from controller.client import Refused
 from controller.config import ControllerConfig
 from controller.event_log import EventLog, read_events
@@ -157,6 +161,28 @@ def test_a_recorded_run_replays_to_the_same_decisions(plane: FakePlane, make: Ca
     assert summary["mean_threshold_prefill"] < 1
     other, _ = make_law(ControllerConfig(ttft_slo_s=0.5, itl_slo_s=0.05, law="off"), (), None)
     assert replay(read_events(log), other, 0.05, out)["differing"] > 0
+
+
+def test_a_full_disk_costs_events_and_nothing_else(
+    plane: FakePlane, make: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The controller goes on and says so once; what can be read stays so, also if a line had room in part."""
+    controller = make(log=tmp_path / "events.jsonl")
+    controller.turn(0.5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "events.jsonl").stat().st_size + 20, limits[1]))
+        for _ in range(2):
+            assert controller.turn(0.5).mode in ("hold", "control")
+        with pytest.raises(OSError, match="too large"):
+            replace_file(tmp_path / "model", b"x" * 10**6)
+        save(StepModel(), Path("/no/such/folder/model"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    controller.turn(0.5)
+    assert len(list(read_events(tmp_path / "events.jsonl"))) == 2
+    assert caplog.text.count("the event log") == caplog.text.count("the step model") == 1
+    assert [path.name for path in tmp_path.glob(".model*")] == []
 
 
 def test_a_log_of_something_else_is_a_named_error(tmp_path: Path) -> None:

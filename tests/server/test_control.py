@@ -24,6 +24,7 @@ from backend.brownout import block as layout
 from backend.serving.launch_client import RunningServer, running_server
 from backend.serving.triton_server import PRODUCT_ROOT
 from controller.client import BrownoutClient, Held, Refused, Unreachable
+from controller.config import EXIT_CONFIG
 from tests.server.conftest import TINY
 from tests.server.observe import descendants, engine_processes, read_metric
 from tests.server.talk import HttpStream, ServerError, generate, get, grpc_infer, post, sampling
@@ -203,7 +204,7 @@ def test_changes_need_the_token(controlled: RunningServer, plane: BrownoutClient
     assert status == 400
     assert "the token is missing" in answer["error"]
     with controller(controlled, token="guessed") as process:
-        assert process.wait(30) == 1
+        assert process.wait(30) == EXIT_CONFIG
         assert "the token is wrong" in process.stderr.read()
 
 

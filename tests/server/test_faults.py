@@ -6,6 +6,7 @@ import queue
 import shutil
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -127,18 +128,21 @@ def test_sigterm_ends_live_streams_and_leaves_nothing(tmp_path: Path) -> None:
     assert took_s <= 10
 
 
-def test_an_engine_that_cannot_come_back_is_given_up_and_the_models_unloaded(tmp_path: Path) -> None:
-    """Then the server is no longer ready and requests are refused at once, not queued for nothing."""
+def test_an_engine_that_cannot_come_back_is_given_up_and_the_server_with_it(tmp_path: Path) -> None:
+    """With status 1 and the reason, for whoever starts servers. One that a user has unloaded a model of goes on."""
     log, checkpoint = tmp_path / "server.log", tmp_path / "checkpoint"
     shutil.copytree(DEMO_CHECKPOINT, checkpoint)
     with running_server(env={"MOE_LLM_CHECKPOINT": str(checkpoint)}, log=log, drain_timeout_s=1) as server:
+        everything = descendants(server)
+        urllib.request.urlopen(f"http://{server.http}/v2/repository/models/moe_llm_infer/unload", data=b"{}").close()
+        wait_until(lambda: get(server.http, "/v2/models/moe_llm_infer/ready")[0] != 200, 30, "unloaded")
         assert generate(server, SHORT).text
+        assert server.process.poll() is None
         shutil.rmtree(checkpoint)
         engine_process(server).kill()
-        for model in ("moe_llm", "moe_llm_infer"):
-            wait_until(lambda model=model: get(server.http, f"/v2/models/{model}/ready")[0] != 200, 60, "given up")
-        for interface in ("generate", "grpc_infer"):
-            with pytest.raises(ServerError) as refusal:
-                ASK[interface](server, SHORT)
-            assert refusal.value.code in ("INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE")
-        assert "is unloaded" in log.read_text(errors="replace")
+        assert server.process.wait(60) == 1
+        assert server.messages().startswith(
+            f"launch: the server is given up: moe_llm: parameter checkpoint: '{checkpoint}'"
+        )
+        assert not any(process.is_running() for process in everything)
+        assert "moe_llm is unloaded" in log.read_text(errors="replace")

@@ -25,16 +25,17 @@ pytestmark = pytest.mark.server
 
 
 @contextlib.contextmanager
-def serving(*server_flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, and the gRPC address of the server that it has started."""
+def serving(folder: Path, *server_flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the gRPC address of the server that it has started. What it notes is in the folder's file stderr."""
     command = [sys.executable, "-m", "controller.serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     command += [*server_flags, "--", "--owner", "sidecar", "--mechanism", "drop", "--metrics-port", "0"]
-    process = subprocess.Popen(
-        command, cwd=PRODUCT_ROOT, env=os.environ | TINY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    with open(folder / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            command, cwd=PRODUCT_ROOT, env=os.environ | TINY, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
     try:
         ready = process.stdout.readline()
-        assert ready.startswith("READY http="), process.stderr.read()
+        assert ready.startswith("READY http="), (folder / "stderr").read_text()
         yield process, dict(part.split("=", 1) for part in ready.split()[1:])["grpc"]
     finally:
         process.kill()
@@ -45,9 +46,12 @@ def controllers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "controller" in command_of(child)]
 
 
-def test_server_and_controller_start_and_end_together() -> None:
-    """A controller that died is started again; SIGTERM ends everything in order and leaves no process."""
-    with serving() as (process, grpc):
+def test_server_and_controller_start_and_end_together(tmp_path: Path) -> None:
+    """A controller that died is started again; SIGTERM ends everything in order and leaves no process.
+
+    What server, engine and controller log is on stderr.
+    """
+    with serving(tmp_path) as (process, grpc):
         client = BrownoutClient(grpc)
         wait_until(lambda: client.call()["settings"]["owner"] == "sidecar", 30, "in charge")
         client.close()
@@ -59,11 +63,13 @@ def test_server_and_controller_start_and_end_together() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert all(map(has_ended, everything))
-        assert "the controller died and is started again" in process.stderr.read()
+        log = (tmp_path / "stderr").read_text()
+        assert "serve: the controller died" in log
+        assert "Started GRPCInferenceService" in log and "engine 0 is ready" in log and "controller control" in log
 
 
 def test_a_killed_front_takes_everything_with_it(tmp_path: Path) -> None:
-    with serving("--model-repository", str(make_repository(tmp_path))) as (process, _):
+    with serving(tmp_path, "--model-repository", str(make_repository(tmp_path / "models"))) as (process, _):
         wait_until(lambda: controllers(process), 20, "controlled")
         everything = psutil.Process(process.pid).children(recursive=True)
         process.kill()

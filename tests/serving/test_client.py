@@ -12,6 +12,7 @@ from backend.brownout.block import Block, block_path
 from backend.config import EngineConfig
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError, UnavailableError
+from backend.serving import client, server_watch, supervisor
 from backend.serving.client import EngineClient
 from backend.serving.protocol import EngineRecord
 from tests.waiting import wait_until
@@ -189,12 +190,61 @@ def test_start_up_failure_is_one_sentence_and_not_retried(tmp_path, config, mess
     assert EngineRecord.read(tmp_path, 0).generation == 1
 
 
+def test_a_start_without_a_supervisor_fails_and_does_not_wait(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(supervisor.Supervisor, "_lead", fail)
+    with pytest.raises(ConfigError, match="the engine cannot be watched: too many open files"):
+        Stub(tmp_path).client.start()
+
+
 def test_abort_ends_a_request_silently(shared_stub):
     shared_stub.submit(1, max_tokens=900)
     shared_stub.wait(lambda: 1 in shared_stub.tokens)
     shared_stub.client.abort(1)
     wait_until(lambda: shared_stub.client.stats() and shared_stub.client.stats()[0].load == 0)
     assert not shared_stub.finished(1) and 1 not in shared_stub.ended
+
+
+def test_a_message_that_cannot_be_taken_in_loses_requests_and_not_the_connection(shared_stub, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_stub.client, "_on_outputs", None)
+        shared_stub.submit(1, max_tokens=900)
+        shared_stub.wait(lambda: 1 in shared_stub.lost)
+    assert "could not be taken in" in shared_stub.lost[1]
+    shared_stub.client.forget(1)
+    shared_stub.submit(2)
+    shared_stub.wait(lambda: shared_stub.finished(2))
+    wait_until(lambda: [stats.load for stats in shared_stub.client.stats()] == [0])
+
+
+@pytest.mark.parametrize(("num_failures", "exits"), [(2, []), (3, [1])])
+def test_a_stub_that_fails_to_look_after_its_engines_again_and_again_ends(tmp_path, monkeypatch, num_failures, exits):
+    monkeypatch.setattr(client, "_MAX_FAILURES", 3)
+    monkeypatch.setattr(client, "_WATCH_PERIOD_S", 0.001)
+    ended = []
+    monkeypatch.setattr(server_watch.os, "_exit", ended.append)
+    lonely = EngineClient("stub", CONFIG, tmp_path, os.getpid(), None, None)
+    passes = iter([OSError("too many open files")] * num_failures)
+
+    def watch(index, poller):
+        for error in passes:
+            raise error
+        lonely._closed.set()
+
+    monkeypatch.setattr(lonely, "_watch", watch)
+    lonely._run()
+    assert ended == exits
+
+
+def test_an_engines_loop_can_be_seen_to_turn_while_it_is_idle(shared_stub):
+    """By this its supervisor knows that it does not hang."""
+    block = Block(block_path(shared_stub.runtime_dir), os.getpid())
+    for _ in range(2):
+        turn = block.queue_sequence(0)
+        wait_until(lambda turn=turn: block.queue_sequence(0) != turn, 5)
+    block.close()
 
 
 def test_sigterm_drains_and_the_engine_is_not_restarted_while_shutting_down(stub, tmp_path):

@@ -199,7 +199,7 @@ def test_a_model_that_does_not_load_is_one_sentence(repository, tmp_path):
 def test_models_that_take_too_long_are_a_clear_error(repository):
     result = launch("--model-repository", str(repository), "--startup-timeout", "0.2", *"--http-port 0".split())
     assert (result.returncode, result.stdout) == (1, "")
-    assert "not ready within 0.2 s (--startup-timeout)" in result.stderr
+    assert "not ready within 0.2 s (--startup-timeout); its log is above" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,6 @@ def test_models_that_take_too_long_are_a_clear_error(repository):
         (["--model-repository", "tests"], 1, "has no model: no */config.pbtxt (--model-repository)"),
         (["--models", "moe_lm"], 1, "there is no model 'moe_lm' in"),
         (["--log", "no/such/file.log"], 1, "file.log cannot be written: No such file or directory (--log)"),
-        (["--log", "/dev/stdout"], 1, "must be a file, not a pipe or a terminal"),
         (["--host", "192.0.2.1"], 1, "cannot listen on 192.0.2.1 (--host): Cannot assign requested address"),
     ],
 )

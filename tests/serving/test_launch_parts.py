@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from backend.errors import ConfigError
-from backend.serving import launch_workspace
+from backend.serving import launch_workspace, server_log
 from backend.serving.launch_failure import failure_sentence
 from backend.serving.launch_options import claim_ports
 from backend.serving.launch_processes import StubWatch
 from backend.serving.launch_workspace import Workspace
+from backend.serving.server_log import ServerLog
 
 FAILED = "E1120 14:22:36.1 5637 model_lifecycle.cc:642] \"failed to load 'moe_llm' version 1: "
 
@@ -51,6 +52,33 @@ def test_the_reason_is_one_sentence(log, sentence):
 def test_the_first_model_that_failed_counts():
     other = FAILED.replace("moe_llm", "moe_llm_infer")
     assert failure_sentence(f'{FAILED}Internal: first"\n{other}Internal: second"\n') == "moe_llm: first"
+
+
+def written(log: ServerLog, *parts: bytes) -> str:
+    """What the log keeps of a server that writes these parts and ends."""
+    reading, writing = os.pipe()
+    log.follow(os.fdopen(reading, "rb", buffering=0))
+    for part in parts:
+        os.write(writing, part)
+    os.close(writing)
+    return log.last()
+
+
+def test_a_servers_output_is_passed_on_and_the_last_of_the_present_one_kept(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(server_log, "_KEPT_BYTES", 8)
+    for path, read in ((None, lambda: capfd.readouterr().err), (tmp_path / "log", (tmp_path / "log").read_text)):
+        log = ServerLog(path)
+        assert written(log, b"of the first") == "he first"
+        assert written(log, b"other", b"") == "other"
+        assert read() == "of the firstother"
+
+
+def test_a_full_disk_does_not_hold_the_server_up(capfd):
+    """More than a pipe holds is read, and the reason of an end is still known."""
+    assert written(ServerLog(Path("/dev/full")), *[b"x" * 60000] * 3, b"error: no memory\n").endswith(
+        "error: no memory\n"
+    )
+    assert capfd.readouterr().err == "launch: the log file /dev/full cannot be written: No space left on device\n"
 
 
 def test_workspaces_of_killed_launchers_are_swept_and_live_ones_kept(monkeypatch, tmp_path):

@@ -1,22 +1,30 @@
 """Which engine that ended is started again, and which is given up; the engine here is a script."""
 
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from backend.brownout.block import QUEUE, Block, block_path
 from backend.config import EngineConfig
 from backend.serving import supervisor
 from backend.serving.protocol import EXIT_CONFIG, EngineRecord
 from backend.serving.supervisor import Supervisor
 
+#: What an engine writes once it is ready; $4 is the runtime directory.
+BECOME_READY = """echo '{"state": "ready", "generation": 2, "pid": '$$'}' > $4/engine-0.json"""
 
-def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Supervisor:
+
+def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, mode: int = 0o700) -> Supervisor:
     """A supervisor that has come to its end with an engine that has been ready before and is now this script."""
     engine = folder / "engine"
     engine.write_text(f"#!/bin/sh\necho start >> {folder}/starts\n{script}\n")
-    engine.chmod(0o700)
+    engine.chmod(mode)
     monkeypatch.setattr(supervisor, "python_executable", lambda: str(engine))
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.0, 0.01, 0.02))
+    monkeypatch.setattr(supervisor, "_POLL_S", 0.01)
     EngineRecord("stopped", generation=1).write(folder, 0)
     watching = Supervisor(EngineConfig(checkpoint="dummy:tiny"), 0, folder, server_pid=1)
     watching.start()
@@ -33,6 +41,49 @@ def test_an_engine_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, 
     record = EngineRecord.read(tmp_path, 0)
     assert (record.state, record.generation) == ("failed", 1 + starts)
     assert watching.failure == record.error == f"the engine process ended with status {status}"
+
+
+@pytest.mark.parametrize(("prepare", "starts"), [("", 4), (BECOME_READY, 7)], ids=["loading", "ready"])
+def test_only_an_engine_that_was_ready_for_long_has_recovered(tmp_path, monkeypatch, prepare: str, starts: int) -> None:
+    """One that fails after a long time of loading each time is given up; one that served as long each time is not."""
+    monkeypatch.setattr(supervisor, "_HEALTHY_AFTER_S", 0.1)
+    last = f"[ $(wc -l < {tmp_path}/starts) = 7 ] && exit {EXIT_CONFIG}"
+    supervised(tmp_path, monkeypatch, f"{last}\n{prepare}\nsleep 0.25; exit 1")
+    assert (tmp_path / "starts").read_text().count("start") == starts
+
+
+def test_an_engine_that_cannot_be_started_has_failed_like_others(tmp_path, monkeypatch) -> None:
+    watching = supervised(tmp_path, monkeypatch, "", mode=0o600)
+    record = EngineRecord.read(tmp_path, 0)
+    assert (record.state, record.generation) == ("failed", 5)
+    assert "the engine process could not be started: [Errno 13] Permission denied" in watching.failure
+
+
+def test_a_supervisor_that_fails_gives_its_engine_up(tmp_path, monkeypatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no python3 on PATH")
+
+    watching = Supervisor(EngineConfig(checkpoint="dummy:tiny"), 0, tmp_path, server_pid=1)
+    monkeypatch.setattr(supervisor, "python_executable", fail)
+    watching.run()
+    assert watching.failure == "the engine cannot be watched: no python3 on PATH"
+
+
+def test_an_engine_whose_loop_stands_still_is_killed_and_no_other(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(supervisor, "_HUNG_AFTER_S", 0.5)
+
+    def turn() -> None:
+        block = Block(block_path(tmp_path), 1)
+        for _ in range(60):
+            block.write_queue(0, np.zeros(1, QUEUE))
+            time.sleep(0.02)
+
+    loop = threading.Thread(target=turn)
+    loop.start()
+    last = f"[ $(wc -l < {tmp_path}/starts) = 2 ] && exit {EXIT_CONFIG}"
+    supervised(tmp_path, monkeypatch, f"{last}\n{BECOME_READY}\nexec sleep 60")
+    assert not loop.is_alive(), "it was not killed before the loop had come to its end"
+    assert "engine 0 ended (the engine process hung: its step has not ended within 0.5 s)" in caplog.text
 
 
 def test_an_engine_that_dies_while_the_server_shuts_down_is_not_started_again(tmp_path, monkeypatch) -> None:

@@ -62,7 +62,7 @@ class Clock:
 
     def repository(self, folder: Path) -> Path:
         """The models, as a stub is to load them: it takes no notice of PYTHONPATH."""
-        shutil.copytree(PRODUCT_ROOT / "model_repository", folder)
+        shutil.copytree(PRODUCT_ROOT / "model_repository", folder, ignore=shutil.ignore_patterns("__pycache__"))
         for file in folder.glob("*/1/model.py"):
             paths = [str(PRODUCT_ROOT), str(self._code)]
             file.write_text(f"import sys\n\nsys.path[:0] = {paths}\nimport sitecustomize\n{file.read_text()}")

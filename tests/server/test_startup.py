@@ -29,7 +29,7 @@ def unknown_parameter(folder: Path) -> dict:
     """A copy of the repository with an edited config.pbtxt."""
     # Beside the product's package, as in the repository: model.py finds the package two folders up.
     repository = folder / "product" / "model_repository"
-    shutil.copytree(PRODUCT_ROOT / "model_repository", repository)
+    shutil.copytree(PRODUCT_ROOT / "model_repository", repository, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "product" / "backend").symlink_to(PRODUCT_ROOT / "backend")
     config = repository / "moe_llm" / "config.pbtxt"
     config.write_text(config.read_text() + 'parameters { key: "max_runing" value { string_value: "4" } }\n')

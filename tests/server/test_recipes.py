@@ -1,6 +1,6 @@
 """The recipes of README and docs/loads.md work as they stand: every fenced block is run against a real server.
 
-Only addresses and lengths of loads are replaced. Indented blocks are not run: they need Docker, other checkpoints or minutes.
+Only addresses and lengths of loads are replaced. Indented blocks are not run: they need Docker, downloads, other checkpoints or minutes.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def run(
         loaded = checkpoint
         if exported:
             # Peers read files: seeded weights are written once, and everyone loads them from there.
-            loaded, united = _export(checkpoint, united, dtype, stack), ""
+            loaded, united = _export(checkpoint, united, dtype, stack)
         config = EngineConfig(
             checkpoint=loaded,
             routing=routing,
@@ -204,13 +204,16 @@ def run(
     return result
 
 
-def _export(checkpoint: str, united: str, dtype: str, stack: contextlib.ExitStack) -> str:
-    """A folder with a dummy's weights and united experts, which is there until the stack is left."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-    exported = str(export_shape(checkpoint, folder, dtype))
-    for way in filter(None, united.split(",")):
-        export_united(folder, int(way))
-    return exported
+def _export(checkpoint: str, ways: str, dtype: str, stack: contextlib.ExitStack) -> tuple[str, str]:
+    """A folder with a dummy's weights, and files of united experts of these ways; they are there until the stack is left."""
+    root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+    # Apart from each other: some peers load whatever weights are in a checkpoint's folder.
+    (folder := root / "checkpoint").mkdir()
+    export_shape(checkpoint, folder, dtype)
+    united = {way: root / f"united-{way}.safetensors" for way in filter(None, ways.split(","))}
+    for way, path in united.items():
+        export_united(folder, int(way), path)
+    return str(folder), ",".join(map(str, united.values()))
 
 
 def _described(

@@ -44,7 +44,7 @@ def shape_config(checkpoint: str) -> PretrainedConfig:
     return Qwen2MoeConfig(**raw, rope_parameters={"rope_theta": raw.pop("rope_theta"), "rope_type": "default"})
 
 
-def export_shape(checkpoint: str, folder: Path, dtype: str) -> Path:
+def export_shape(checkpoint: str, folder: Path, dtype: str) -> None:
     """Write a `dummy:SHAPE` as a Hugging Face checkpoint with transformers' own random weights."""
     from transformers import AutoModelForCausalLM
 
@@ -52,11 +52,10 @@ def export_shape(checkpoint: str, folder: Path, dtype: str) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
     model.save_pretrained(folder)
-    return folder
 
 
-def export_united(folder: Path, way: int) -> None:
-    """Write united experts of neighbouring experts' means beside an exported checkpoint."""
+def export_united(folder: Path, way: int, path: Path) -> None:
+    """Write united experts of neighbouring experts' means for the exported checkpoint in `folder`."""
     model = load_model(str(folder), device=torch.device("cpu"), united="none")
     groups = torch.arange(model.config.num_experts) // way
     layers = {}
@@ -66,7 +65,7 @@ def export_united(folder: Path, way: int) -> None:
             w13, w2 = (torch.stack([part.float().mean(0) for part in s.split(way)]).to(s.dtype) for s in stacks)
             layers[i] = UnitedLayer(groups.clone(), w13, w2)
     united = UnitedExperts(way, checkpoint_fingerprint(folder), "index", layers)
-    write_united(folder / f"united-{way}.safetensors", united)
+    write_united(path, united)
 
 
 class TransformersPeer:

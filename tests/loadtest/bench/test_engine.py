@@ -1,10 +1,13 @@
 """The engine benchmark computes what it says, on a tiny model; it is not timed here."""
 
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 
 from backend.brownout.settings import Settings
+from backend.brownout.united_file import read_united
 from backend.config import EngineConfig
 from backend.engine.model_runner import ModelRunner
 from backend.errors import ConfigError
@@ -116,6 +119,15 @@ def test_widened_experts_and_further_points_are_measured_in_one_run(tmp_path, mo
             point["median"]["output_tokens_per_s"] / result["output_tokens_per_s"]
         )
     assert "united:4:0.5 / ours" in capsys.readouterr().out
+
+
+def test_peers_find_no_united_experts_among_the_weights():
+    """vLLM refuses a folder with weights that it does not know."""
+    with contextlib.ExitStack() as stack:
+        folder, united = engine._export("dummy:tiny", "2,4", "float32", stack)
+        assert [path.name for path in Path(folder).rglob("*.safetensors")] == ["model.safetensors"]
+        assert [read_united(Path(path)).way for path in united.split(",")] == [2, 4]
+    assert not Path(folder).exists()
 
 
 def test_peers_are_not_compared_with_widened_experts(capsys):

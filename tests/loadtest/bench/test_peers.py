@@ -119,7 +119,7 @@ def test_peer_with_too_few_tokens_is_refused(start):
 
 
 def test_peer_without_its_package_leaves_our_figures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "export_shape", lambda checkpoint, folder, dtype: checkpoint)
+    monkeypatch.setattr(engine, "_export", lambda checkpoint, united, dtype, stack: (checkpoint, united))
     work = ["--requests", "2", "--prompt-tokens", "4", "--new-tokens", "3", "--runs", "1"]
     assert main(["engine", "--shape", "tiny", *work, "--peer", f"vllm={sys.executable}"]) == 1
     printed = capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_peer_that_fails_half_way_is_dropped(start, monkeypatch):
             return generate
         """
     )
-    monkeypatch.setattr(engine, "export_shape", lambda checkpoint, folder, dtype: checkpoint)
+    monkeypatch.setattr(engine, "_export", lambda checkpoint, united, dtype, stack: (checkpoint, united))
     monkeypatch.setattr(engine, "PeerProcess", lambda *_, **__: fake)
     result = engine.run(
         checkpoint="dummy:tiny",

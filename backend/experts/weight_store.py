@@ -40,10 +40,8 @@ class ExpertWeights:
 
     def quantize(self) -> None:
         """Store weights as float8 (e4m3) with a factor for each output row; the tensors are replaced, as in `widen`."""
-        (w13, scale_13), (w2, scale_2) = (
-            _quantized(self.w13),
-            _quantized(self.w2),
-        )  # both before either goes, as in `append`
+        # Both before either goes, as in `append`.
+        (w13, scale_13), (w2, scale_2) = _quantized(self.w13), _quantized(self.w2)
         self.w13, self.w2, self.scales = w13, w2, (scale_13, scale_2)
 
     def widen(self, times: int) -> None:

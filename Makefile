@@ -9,6 +9,8 @@ STAMP := $(VENV)/.setup-$(shell cat $(REQUIREMENTS) | sha256sum | cut -c1-16)
 WORKERS_STAMP := $(VENV)/.workers-$(shell cat requirements-workers.txt | sha256sum | cut -c1-16)
 # The interpreter to make the environment with: Python 3.11 or 3.12 with a shared libpython. Default: the first on PATH.
 PYTHON ?=
+# The tests that need neither minutes nor a GPU; as in pyproject.toml, whose -m another one replaces.
+SUITE := not slow and not gpu
 # Further arguments of the command that a target runs, such as: make serve ARGS="--http-port 9000 -- --ttft-slo 0.5"
 ARGS ?=
 
@@ -51,9 +53,11 @@ demo: setup
 test: setup $(WORKERS_STAMP)
 ifeq ($(strip $(ARGS)),)
 	@# Two at a time: the tests of whole servers, which mostly wait, and all others. What the first say is shown at the end.
-	@log=$$(mktemp); $(PY) -m pytest tests/server > "$$log" 2>&1 & servers=$$!; \
+	@# Then those that hold the server to a time, with nothing beside them.
+	@log=$$(mktemp); $(PY) -m pytest tests/server -m "$(SUITE) and not timed" > "$$log" 2>&1 & servers=$$!; \
 	$(PY) -m pytest --ignore tests/server; others=$$?; \
-	wait $$servers; status=$$?; cat "$$log"; rm -f "$$log"; exit $$((status | others))
+	wait $$servers; status=$$?; cat "$$log"; rm -f "$$log"; \
+	$(PY) -m pytest tests/server -m "$(SUITE) and timed"; exit $$((status | others | $$?))
 else
 	$(PY) -m pytest $(ARGS)
 endif

@@ -68,6 +68,7 @@ def wait_until_served(server: RunningServer, timeout_s: float) -> None:
     wait_until(served, timeout_s, "served again")
 
 
+@pytest.mark.timed
 def test_a_killed_engine_ends_its_requests_with_an_error_and_comes_back(small_server: RunningServer) -> None:
     """Each within 2 s, over every interface; until the engine is back, new requests are UNAVAILABLE."""
     expected = generate(small_server, SHORT).text
@@ -91,6 +92,7 @@ def test_a_killed_engine_ends_its_requests_with_an_error_and_comes_back(small_se
     assert small_server.messages() == ""  # the launcher had nothing to do
 
 
+@pytest.mark.timed
 def test_a_killed_stub_brings_the_whole_server_back(small_server: RunningServer) -> None:
     """Within 30 s on the same ports; streams end rather than hang, and no process of before is left."""
     expected = generate(small_server, SHORT).text
@@ -106,6 +108,7 @@ def test_a_killed_stub_brings_the_whole_server_back(small_server: RunningServer)
     assert "the stub of moe_llm" in small_server.messages()
 
 
+@pytest.mark.timed
 def test_sigterm_ends_live_streams_and_leaves_nothing(tmp_path: Path) -> None:
     """With the default drain time: all gone within 10 s, every request told, no process, socket or memory left."""
     with running_server(env=SMALL, log=tmp_path / "server.log") as server:

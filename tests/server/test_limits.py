@@ -85,6 +85,7 @@ def wait_for_waiting(server: RunningServer, number: int) -> None:
     wait_until(lambda: read_metric(server, "moe_requests_waiting") == number, 10, f"{number} requests waiting")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("interface", STREAMS)
 def test_a_client_that_goes_gives_its_place_away_at_once(
     small_server: RunningServer, start: Callable, holders: dict[str, Stream], interface: str
@@ -103,6 +104,7 @@ def test_a_client_that_goes_gives_its_place_away_at_once(
     )
 
 
+@pytest.mark.timed
 def test_a_cancelled_unary_request_gives_its_place_away(small_server: RunningServer, start: Callable) -> None:
     start("grpc_stream", ENDLESS)
     client = grpc.InferenceServerClient(small_server.grpc)
@@ -133,6 +135,7 @@ def test_a_client_that_goes_while_it_waits_leaves_the_queue(
     wait_for_waiting(small_server, 0)
 
 
+@pytest.mark.timed
 def test_an_http_client_that_goes_while_it_waits_is_noticed_with_its_first_token(
     small_server: RunningServer, start: Callable, holders: dict[str, Stream]
 ) -> None:

@@ -1,8 +1,10 @@
 """Which engine that ended is started again, and which is given up; the engine here is a script."""
 
+import itertools
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from backend.serving import supervisor
 from backend.serving.protocol import EXIT_CONFIG, EngineRecord
 from backend.serving.supervisor import Supervisor
 
-#: What an engine writes once it is ready; $4 is the runtime directory.
-BECOME_READY = """echo '{"state": "ready", "generation": 2, "pid": '$$'}' > $4/engine-0.json"""
+#: What an engine writes once it is ready, whole as a real one does; $4 is the runtime directory.
+BECOME_READY = """echo '{"state": "ready", "generation": 2, "pid": '$$'}' > $4/new && mv $4/new $4/engine-0.json"""
 
 
 def supervised(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, mode: int = 0o700) -> Supervisor:
@@ -43,12 +45,29 @@ def test_an_engine_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, 
     assert watching.failure == record.error == f"the engine process ended with status {status}"
 
 
-@pytest.mark.parametrize(("prepare", "starts"), [("", 4), (BECOME_READY, 7)], ids=["loading", "ready"])
-def test_only_an_engine_that_was_ready_for_long_has_recovered(tmp_path, monkeypatch, prepare: str, starts: int) -> None:
-    """One that fails after a long time of loading each time is given up; one that served as long each time is not."""
-    monkeypatch.setattr(supervisor, "_HEALTHY_AFTER_S", 0.1)
+@pytest.mark.parametrize(
+    ("prepare", "served_s", "starts"),
+    [("", 0, 4), (BECOME_READY, 29, 4), (BECOME_READY, 31, 7)],
+    ids=["loading", "ready for short", "ready for long"],
+)
+def test_only_an_engine_that_was_ready_for_long_has_recovered(
+    tmp_path, monkeypatch, prepare: str, served_s: int, starts: int
+) -> None:
+    """One that fails each time while it loads or soon after is given up; one that served for long each time is not."""
+    clock = itertools.count(step=served_s)  # asked when an engine is seen to be ready, and when it has ended
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    is_ready = Supervisor._is_ready
+
+    def mark_seen(watching: Supervisor) -> bool:
+        ready = is_ready(watching)
+        if ready:
+            (tmp_path / "seen").touch()
+        return ready
+
+    monkeypatch.setattr(Supervisor, "_is_ready", mark_seen)
     last = f"[ $(wc -l < {tmp_path}/starts) = 7 ] && exit {EXIT_CONFIG}"
-    supervised(tmp_path, monkeypatch, f"{last}\n{prepare}\nsleep 0.25; exit 1")
+    until_seen = f"until rm {tmp_path}/seen; do sleep 0.01; done" if prepare else "sleep 0.05"
+    supervised(tmp_path, monkeypatch, f"{last}\n{prepare}\n{until_seen}; exit 1")
     assert (tmp_path / "starts").read_text().count("start") == starts
 
 

@@ -26,29 +26,19 @@ def make_law(config: ControllerConfig, levels: Sequence[Level], model: StepModel
     The budget allows every pair of thresholds that is nowhere below the deepest level within it: all of them lose less.
     """
     floor_prefill, floor_decode = config.min_threshold_prefill, config.min_threshold_decode
-    if config.law == "off":
-        floor_prefill = floor_decode = 1.0
     extra: dict[str, float | int | str] = {}
     if config.max_quality_loss is not None:
-        usable = [level for level in levels if _fits(level, config)]
-        if not usable:
-            raise ConfigError(
-                "max_quality_loss needs the levels of a calibrated profile (of the given mechanism and way), and there are "
-                "none: give the server or the controller one (parameter profile)"
-            )
-        deepest = deepest_within(tuple(usable), config.max_quality_loss)
+        deepest = _deepest_allowed(levels, config)
         if deepest is None:
             floor_prefill = floor_decode = 1.0
         else:
             floor_prefill = max(floor_prefill, deepest.threshold_prefill)
             floor_decode = max(floor_decode, deepest.threshold_decode)
             extra = {"mechanism": deepest.mechanism, "way": deepest.way}
-    if config.mechanism is not None:
-        extra["mechanism"] = config.mechanism
-    if config.way is not None:
-        extra["way"] = config.way
-    if config.resident_share is not None:
-        extra["resident_share"] = config.resident_share
+    if config.law == "off":
+        floor_prefill = floor_decode = 1.0
+    given = {name: getattr(config, name) for name in ("mechanism", "way", "resident_share")}
+    extra |= {name: value for name, value in given.items() if value is not None}
     limits = Limits(config.ttft_slo_s, config.itl_slo_s, floor_prefill, floor_decode)
     if config.law == "predictive":
         law = Predictive(
@@ -62,8 +52,17 @@ def make_law(config: ControllerConfig, levels: Sequence[Level], model: StepModel
     return LAWS[config.law](limits), extra
 
 
-def _fits(level: Level, config: ControllerConfig) -> bool:
-    return config.mechanism in (None, level.mechanism) and config.way in (None, level.way)
+def _deepest_allowed(levels: Sequence[Level], config: ControllerConfig) -> Level | None:
+    """The fastest level within the quality budget, None if there is none. Raises ConfigError without usable levels."""
+    usable = [
+        level for level in levels if config.mechanism in (None, level.mechanism) and config.way in (None, level.way)
+    ]
+    if not usable:
+        raise ConfigError(
+            "max_quality_loss needs the levels of a calibrated profile (of the given mechanism and way), and there are "
+            "none: give the server or the controller one (parameter profile)"
+        )
+    return deepest_within(tuple(usable), config.max_quality_loss)
 
 
 class Controller:

@@ -57,5 +57,5 @@ def capacity_rps(records: Sequence[RequestRecord]) -> float:
 
 def promise_of(records: Sequence[RequestRecord]) -> Slo:
     """Twice the 90th percentiles of a calm run's latencies."""
-    ttft, itl = ([(s, n) for _, s, n, _ in of(records)] for of in (ttft_latencies, itl_latencies))
+    ttft, itl = ([(x.seconds, x.count) for x in of(records)] for of in (ttft_latencies, itl_latencies))
     return Slo(ttft_s=_SLACK * weighted_percentile(ttft, _PERCENT), itl_s=_SLACK * weighted_percentile(itl, _PERCENT))

@@ -8,9 +8,8 @@ grpc_infer    unary gRPC on moe_llm_infer
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import aiohttp
 import grpc
@@ -22,15 +21,20 @@ from tritonclient.utils import InferenceServerException
 from loadtest.record import RequestRecord
 from loadtest.wire import (
     INFER_MODEL,
-    RETURN,
     STREAM_MODEL,
+    STREAM_PATH,
     OnText,
     ServerError,
+    event_of,
     generate_body,
+    inputs_of,
+    note_end,
     note_error,
     note_response,
     outputs_of,
 )
+
+INTERFACES = ("http_stream", "grpc_stream", "http_infer", "grpc_infer")
 
 
 class Clients:
@@ -40,13 +44,13 @@ class Clients:
     """
 
     def __init__(self, http: str, grpc: str) -> None:
+        """HOST:PORT of both services; nothing is connected before the first request of a kind, so one that is not used may
+        be any."""
         self._http_address = http
         self._grpc_address = grpc
 
     async def __aenter__(self) -> Clients:
-        # Streams last as long as they last; the connection pool must not queue them either.
-        timeout = aiohttp.ClientTimeout(total=None)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        self._session = open_session()
         self._http = http_aio.InferenceServerClient(self._http_address, conn_limit=10_000, conn_timeout=3600)
         self._grpc = grpc_aio.InferenceServerClient(self._grpc_address)
         return self
@@ -65,13 +69,11 @@ class Clients:
         on_text: OnText | None = None,
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
-            url = f"http://{self._http_address}/v2/models/{STREAM_MODEL}/generate_stream"
+            url = f"http://{self._http_address}{STREAM_PATH}"
             async with self._session.post(url, json=generate_body(prompt, sampling)) as response:
                 async for line in response.content:
-                    if line.startswith(b"data:"):
-                        note_response(record, json.loads(line[5:]), on_text)
-                    elif line.strip() and response.status != 200:
-                        note_response(record, json.loads(line), on_text)
+                    if (outputs := event_of(line)) is not None:
+                        note_response(record, outputs, on_text)
 
         return await _recorded("http_stream", number, intended_s, run)
 
@@ -84,45 +86,71 @@ class Clients:
         on_text: OnText | None = None,
     ) -> RequestRecord:
         async def run(record: RequestRecord) -> None:
-            inputs = _inputs(grpc_aio.InferInput, prompt, sampling)
-            stream = grpc_aio.InferInput("stream", [1], "BOOL")
-            stream.set_data_from_numpy(np.array([True]))
-
-            async def requests():
-                yield {
-                    "model_name": STREAM_MODEL,
-                    "inputs": [*inputs, stream],
-                    "enable_empty_final_response": True,
-                }
-
-            async for result, error in self._grpc.stream_infer(requests()):
-                if error is not None:
-                    raise error
-                response = result.get_response()
-                if len(response.outputs):
-                    note_response(record, outputs_of(result), on_text)
-                if response.parameters["triton_final_response"].bool_param:
-                    return
+            inputs = [*inputs_of(prompt, sampling), ("stream", "BOOL", True)]
+            tensors = [tensor(grpc_aio.InferInput, *given) for given in inputs]
+            async for result in grpc_responses(self._grpc, tensors):
+                note_response(record, outputs_of(result), on_text)
 
         return await _recorded("grpc_stream", number, intended_s, run)
 
     async def http_infer(
         self, number: int, prompt: str, sampling: Mapping, intended_s: float | None = None
     ) -> RequestRecord:
-        async def run(record: RequestRecord) -> None:
-            result = await self._http.infer(INFER_MODEL, _inputs(http_aio.InferInput, prompt, sampling))
-            note_response(record, outputs_of(result))
-
-        return await _recorded("http_infer", number, intended_s, run)
+        return await _infer("http_infer", self._http, http_aio.InferInput, number, prompt, sampling, intended_s)
 
     async def grpc_infer(
         self, number: int, prompt: str, sampling: Mapping, intended_s: float | None = None
     ) -> RequestRecord:
-        async def run(record: RequestRecord) -> None:
-            result = await self._grpc.infer(INFER_MODEL, _inputs(grpc_aio.InferInput, prompt, sampling))
-            note_response(record, outputs_of(result))
+        return await _infer("grpc_infer", self._grpc, grpc_aio.InferInput, number, prompt, sampling, intended_s)
 
-        return await _recorded("grpc_infer", number, intended_s, run)
+
+def open_session() -> aiohttp.ClientSession:
+    """A session without limits: streams last as long as they last, and the connection pool must not queue them either."""
+    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector)
+
+
+async def grpc_responses(
+    client: grpc_aio.InferenceServerClient, inputs: list[grpc_aio.InferInput]
+) -> AsyncIterator[grpc_aio.InferResult]:
+    """The responses to one request on a gRPC stream of its own, but for the empty one that may come last."""
+
+    async def requests() -> AsyncIterator[dict]:
+        yield {"model_name": STREAM_MODEL, "inputs": inputs, "enable_empty_final_response": True}
+
+    async for result, error in client.stream_infer(requests()):
+        if error is not None:
+            raise error
+        response = result.get_response()
+        if len(response.outputs):
+            yield result
+        if response.parameters["triton_final_response"].bool_param:
+            return
+
+
+def tensor(kind: type, name: str, datatype: str, value: str | bool):
+    """An input of one value; `kind` is the protocol's InferInput."""
+    made = kind(name, [1], datatype)
+    made.set_data_from_numpy(np.array([value.encode()], np.object_) if isinstance(value, str) else np.array([value]))
+    return made
+
+
+async def _infer(
+    protocol: str,
+    client: http_aio.InferenceServerClient | grpc_aio.InferenceServerClient,
+    kind: type,
+    number: int,
+    prompt: str,
+    sampling: Mapping,
+    intended_s: float | None,
+) -> RequestRecord:
+    """A request with one response; `kind` is the protocol's InferInput."""
+
+    async def run(record: RequestRecord) -> None:
+        tensors = [tensor(kind, *given) for given in inputs_of(prompt, sampling)]
+        note_response(record, outputs_of(await client.infer(INFER_MODEL, tensors)))
+
+    return await _recorded(protocol, number, intended_s, run)
 
 
 async def _recorded(
@@ -135,24 +163,7 @@ async def _recorded(
     )
     try:
         await run(record)
-        if not record.responses:
-            raise ServerError("the stream ended without a response")
-        record.end_s = time.monotonic()
+        note_end(record)
     except (InferenceServerException, grpc.RpcError, aiohttp.ClientError, OSError, ServerError) as error:
         note_error(record, error)
     return record
-
-
-def _inputs(kind: type, prompt: str, sampling: Mapping) -> list:
-    """Input tensors of one request; `kind` is the protocol's InferInput."""
-    values = [("text_input", prompt), ("sampling_parameters", json.dumps(dict(sampling)))]
-    inputs = []
-    for name, value in values:
-        tensor = kind(name, [1], "BYTES")
-        tensor.set_data_from_numpy(np.array([value.encode("utf-8")], dtype=np.object_))
-        inputs.append(tensor)
-    for name in (*RETURN, "exclude_input_in_output"):
-        tensor = kind(name, [1], "BOOL")
-        tensor.set_data_from_numpy(np.array([True]))
-        inputs.append(tensor)
-    return inputs

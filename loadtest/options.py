@@ -48,19 +48,9 @@ def plan_load(args: argparse.Namespace, arrivals: str | None = None) -> tuple[Sc
         output_tokens=args.output_tokens,
         never_share=args.never_share,
     )
-    info = RunInfo(
-        name=args.name or (Path(args.record).stem if args.record else "run"),
-        arrivals=spec,
-        seed=args.seed,
-        arrivals_sha256=schedule.sha256(),
-        slo=Slo(ttft_s=args.slo_ttft, itl_s=args.slo_itl),
-        started_monotonic_s=0.0,
-        started_at="",
-        duration_s=schedule.duration_s,
-        planned_requests=len(schedule.arrivals),
-        bursts=schedule.bursts,
-    )
-    return schedule, info
+    name = args.name or (Path(args.record).stem if args.record else "run")
+    slo = Slo(ttft_s=args.slo_ttft, itl_s=args.slo_itl)
+    return schedule, RunInfo.of(schedule, name=name, arrivals=spec, seed=args.seed, slo=slo)
 
 
 def make_prompts(args: argparse.Namespace) -> Prompts:

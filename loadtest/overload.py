@@ -15,12 +15,10 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,7 +29,6 @@ from rich.table import Table
 from backend.config import DEMO
 from backend.errors import ConfigError, UnavailableError
 from backend.serving.launch_client import RunningServer, running_server
-from backend.serving.triton_server import PRODUCT_ROOT
 from loadtest.bench.options import positive
 from loadtest.bench.workload import machine, write_json
 from loadtest.capacity import capacity_rps, promise_of, send_closed_loop
@@ -42,6 +39,7 @@ from loadtest.options import ms
 from loadtest.prompts import GeneratedPrompts
 from loadtest.record import RequestRecord, Slo, write_records
 from loadtest.schedule import Arrival, Schedule
+from loadtest.sidecar import running_controller
 from loadtest.wire import sampling_of
 
 #: Requests at once while the capacity is measured, and how long.
@@ -182,7 +180,7 @@ class Overload:
 
     async def _load(self, server: RunningServer, slo: Slo, load: float, capacity: float, round_: int) -> LoadResult:
         calm_s = _CALM_S if load == self._args.loads[-1] else 0.0
-        # What runs at the end counts, but no more runs at the beginning: of a shorter load that would be a larger share.
+        # The same for every load: at its beginning nothing runs, and of a shorter one that would be a larger share.
         seconds = self._args.seconds
         rates = f"base={_CALM * capacity},burst={load * capacity}"
         spec = f"step:{rates},start=0,end={seconds},duration={seconds + calm_s}"
@@ -226,18 +224,11 @@ class Overload:
     def _server(self, settings: dict[str, str], name: str) -> contextlib.AbstractContextManager[RunningServer]:
         return running_server(env=settings, log=self._args.output / f"server-{name}.log")
 
-    @contextlib.contextmanager
-    def _controller(self, server: RunningServer, slo: Slo) -> Iterator[None]:
-        command = [sys.executable, "-m", "controller", "--triton", server.grpc, "--metrics-port", "0"]
-        command += ["--ttft-slo", f"{slo.ttft_s:.4f}", "--itl-slo", f"{slo.itl_s:.4f}", "--law", self._args.law]
-        command += ["--log", str((self._args.output / "control.jsonl").absolute())]
-        with open(self._args.output / "controller.log", "w") as log:
-            process = subprocess.Popen(command, cwd=PRODUCT_ROOT, env=dict(os.environ), stderr=log)
-            try:
-                yield
-            finally:
-                process.terminate()
-                process.wait(10)
+    def _controller(self, server: RunningServer, slo: Slo) -> contextlib.AbstractContextManager[None]:
+        folder = self._args.output
+        return running_controller(
+            server, slo, self._args.law, events=folder / "control.jsonl", log=folder / "controller.log"
+        )
 
 
 def table(result: dict) -> Table:

@@ -17,7 +17,7 @@ import msgspec
 from backend.brownout.profile import PROFILE_NAME, Level, Profile, read_profile
 from backend.errors import ConfigError
 from loadtest.record import RequestRecord
-from loadtest.telemetry import Sample
+from loadtest.telemetry import Sample, with_thresholds
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +116,7 @@ def quality_of_run(
         ConfigError: the profile has no level of the mechanism and way that the run dimmed with.
     """
     curve = curve_of_run(samples, profile)
-    known = [s for s in samples if s.threshold_prefill is not None and s.threshold_decode is not None]
+    known = with_thresholds(samples)
     losses = [curve.losses(s.threshold_prefill, s.threshold_decode) for s in known]
     times = [s.time_s for s in known]
     tokens_at = [0] * len(known)  # tokens that lost what they lose at this sample

@@ -13,18 +13,27 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from loadtest.open_loop import MAX_LATENESS_P99_S, lateness_p99_s
 from loadtest.record import RequestRecord, Slo, summarize, weighted_percentile, write_records
+from loadtest.schedule import Schedule
 from loadtest.telemetry import Sample, mean_over_time, recovery_s
 
 #: Percentile of a second's latencies that decides whether the second violates.
 SECOND_PERCENTILE = 90
 
-#: (seconds, how often) of latencies; an answer that never came is infinitely late.
-Weighted = list[tuple[float, int]]
+
+class Latency(NamedTuple):
+    """So many tokens (a first token: 1) that came after so many seconds each; inf if the answer never came."""
+
+    #: When it counts: an intended start or an arrival.
+    at_s: float
+    seconds: float
+    count: int
+    record: RequestRecord
 
 
 class RunInfo(msgspec.Struct, kw_only=True):
@@ -40,6 +49,22 @@ class RunInfo(msgspec.Struct, kw_only=True):
     duration_s: float
     planned_requests: int
     bursts: list[tuple[float, float]] = []
+
+    @classmethod
+    def of(cls, schedule: Schedule, *, name: str, arrivals: str, seed: int, slo: Slo) -> RunInfo:
+        """Of a schedule that the specification `arrivals` has made; who sends it fills in when it starts."""
+        return cls(
+            name=name,
+            arrivals=arrivals,
+            seed=seed,
+            arrivals_sha256=schedule.sha256(),
+            slo=slo,
+            started_monotonic_s=0.0,
+            started_at="",
+            duration_s=schedule.duration_s,
+            planned_requests=len(schedule.arrivals),
+            bursts=schedule.bursts,
+        )
 
 
 class RunResult(msgspec.Struct, kw_only=True):
@@ -79,8 +104,8 @@ def summarize_run(info: RunInfo, records: Sequence[RequestRecord], samples: Sequ
     lateness_s = lateness_p99_s(records)
     served = [(r.united_share, r.input_tokens + r.output_tokens) for r in records if r.output_tokens]
     weight = sum(tokens for _, tokens in served)
-    finite_ttft = [(s, n) for _, s, n, _ in ttft if math.isfinite(s)]
-    all_itl = [(s, n) for _, s, n, _ in itl]
+    finite_ttft = [(x.seconds, x.count) for x in ttft if math.isfinite(x.seconds)]
+    all_itl = [(x.seconds, x.count) for x in itl]
     result = RunResult(
         requests=base.requests,
         completed=base.completed,
@@ -119,19 +144,19 @@ def why_invalid(summary: RunSummary) -> str:
     )
 
 
-def ttft_latencies(records: Sequence[RequestRecord]) -> list[tuple[float, float, int, RequestRecord]]:
-    """(intended start, seconds to the first token, 1, record) of every stream; inf where none came."""
+def ttft_latencies(records: Sequence[RequestRecord]) -> list[Latency]:
+    """Times to the first token of all streams, at their intended starts."""
     return [
-        (r.intended_start_s, math.inf if r.ttft_s is None or r.outcome != "completed" else r.ttft_s, 1, r)
+        Latency(r.intended_start_s, math.inf if r.ttft_s is None or r.outcome != "completed" else r.ttft_s, 1, r)
         for r in records
         if r.is_stream
     ]
 
 
-def itl_latencies(records: Sequence[RequestRecord]) -> list[tuple[float, float, int, RequestRecord]]:
-    """(arrival, seconds per token, tokens, record) of every response but a stream's first."""
+def itl_latencies(records: Sequence[RequestRecord]) -> list[Latency]:
+    """Inter-token latencies of every response but a stream's first, at their arrivals."""
     return [
-        (at_s, seconds, tokens, r)
+        Latency(at_s, seconds, tokens, r)
         for r in records
         if r.is_stream
         for (at_s, _), (seconds, tokens) in zip(
@@ -144,20 +169,20 @@ def violating_seconds_ratio(records: Sequence[RequestRecord], slo: Slo, started_
     """Share of seconds that violate, among those in which a latency was measured."""
     seconds: dict[int, bool] = {}
     for latencies, name in ((ttft_latencies(records), "ttft_s"), (itl_latencies(records), "itl_s")):
-        by_second: dict[int, Weighted] = defaultdict(list)
-        for at_s, value, weight, record in latencies:
+        by_second: dict[int, list[tuple[float, int]]] = defaultdict(list)
+        for x in latencies:
             # Relative to the client's own promise, so that clients with different ones can be counted together.
-            by_second[int(at_s - started_s)].append((value / getattr(record.slo or slo, name), weight))
+            by_second[int(x.at_s - started_s)].append((x.seconds / getattr(x.record.slo or slo, name), x.count))
         for second, values in by_second.items():
             late = weighted_percentile(values, SECOND_PERCENTILE) > 1
             seconds[second] = seconds.get(second, False) or late
     return sum(seconds.values()) / len(seconds) if seconds else None
 
 
-def _violating(latencies: list[tuple[float, float, int, RequestRecord]], slo: Slo, name: str) -> float | None:
+def _violating(latencies: Sequence[Latency], slo: Slo, name: str) -> float | None:
     """Weighted share of latencies above the client's promise, or the run's."""
-    total = sum(weight for _, _, weight, _ in latencies)
-    late = sum(weight for _, value, weight, record in latencies if value > getattr(record.slo or slo, name))
+    total = sum(x.count for x in latencies)
+    late = sum(x.count for x in latencies if x.seconds > getattr(x.record.slo or slo, name))
     return late / total if total else None
 
 

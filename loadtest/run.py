@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from backend.errors import ConfigError
-from loadtest.clients import Clients
+from loadtest.clients import INTERFACES, Clients
 from loadtest.control_log import read_course
 from loadtest.open_loop import LEAD_S, send_open_loop
 from loadtest.options import add_load_arguments, describe, make_prompts, plan_load
@@ -28,8 +28,6 @@ from loadtest.results import RunInfo, RunSummary, summarize_run, summary_path, t
 from loadtest.schedule import Arrival, Schedule
 from loadtest.telemetry import record_telemetry
 from loadtest.wire import sampling_of
-
-INTERFACES = ("http_stream", "grpc_stream", "http_infer", "grpc_infer")
 
 
 async def run_load(

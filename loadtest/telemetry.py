@@ -99,9 +99,14 @@ def mean_over_time(samples: Sequence[Sample], name: str) -> float | None:
     return sum(value * (then - now) for (now, value), (then, _) in itertools.pairwise(known)) / span
 
 
+def with_thresholds(samples: Sequence[Sample]) -> list[Sample]:
+    """The readings that know both thresholds."""
+    return [s for s in samples if s.threshold_prefill is not None and s.threshold_decode is not None]
+
+
 def recovery_s(samples: Sequence[Sample], burst_end_s: float) -> float | None:
     """Seconds from a burst's end until both thresholds are back at 1 for at least HOLD_S; None if unknown or never."""
-    known = [s for s in samples if s.threshold_prefill is not None and s.threshold_decode is not None]
+    known = with_thresholds(samples)
     dimmed = [s.time_s for s in known if s.threshold_prefill < 1 or s.threshold_decode < 1]
     # The reading in force at the burst's end comes first: it may be at full quality already.
     begin = max((i for i, s in enumerate(known) if s.time_s <= burst_end_s), default=0)

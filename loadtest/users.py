@@ -25,10 +25,13 @@ from loadtest.record import RequestRecord, Slo
 from loadtest.schedule import Arrival
 from loadtest.wire import (
     INFER_MODEL,
-    RETURN,
     STREAM_MODEL,
+    STREAM_PATH,
     ServerError,
+    event_of,
     generate_body,
+    inputs_of,
+    note_end,
     note_error,
     note_response,
     outputs_of,
@@ -78,9 +81,7 @@ class OpenLoopUser(User):
             for outputs in self.responses(prompt, sampling):
                 note_response(record, outputs)
                 self._report_response(record)
-            if not record.responses:
-                raise ServerError("the stream ended without a response")
-            record.end_s = time.monotonic()
+            note_end(record)
         except gevent.GreenletExit:
             note_error(record, ServerError("the test was stopped before the request had ended"))
         except Exception as error:  # whatever a transport raises is this request's failure, not the test's
@@ -141,15 +142,13 @@ class HttpStreamUser(_HttpUser):
     protocol = "http_stream"
 
     def responses(self, prompt: str, sampling: Mapping) -> Iterator[Outputs]:
-        response = self._post(
-            f"/v2/models/{STREAM_MODEL}/generate_stream", generate_body(prompt, sampling), stream=True
-        )
+        response = self._post(STREAM_PATH, generate_body(prompt, sampling), stream=True)
         if response.status_code != 200:
             yield json.loads(response.content.removeprefix(b"data:"))
             return
         while line := bytes(response.stream.readline(b"\n")):
-            if line.startswith(b"data:"):
-                yield json.loads(line[5:])
+            if (outputs := event_of(line)) is not None:
+                yield outputs
 
 
 class InferUser(_HttpUser):
@@ -160,7 +159,7 @@ class InferUser(_HttpUser):
     def responses(self, prompt: str, sampling: Mapping) -> Iterator[Outputs]:
         inputs = [
             {"name": name, "shape": [1], "datatype": datatype, "data": [value]}
-            for name, datatype, value in _inputs(prompt, sampling)
+            for name, datatype, value in inputs_of(prompt, sampling)
         ]
         response = self._post(f"/v2/models/{INFER_MODEL}/infer", {"inputs": inputs}, stream=False)
         answer = json.loads(response.content)
@@ -181,7 +180,7 @@ class GrpcStreamUser(OpenLoopUser):
     def responses(self, prompt: str, sampling: Mapping) -> Iterator[Outputs]:
         request = service_pb2.ModelInferRequest(model_name=STREAM_MODEL)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
-        for name, datatype, value in [*_inputs(prompt, sampling), ("stream", "BOOL", True)]:
+        for name, datatype, value in [*inputs_of(prompt, sampling), ("stream", "BOOL", True)]:
             tensor = request.inputs.add(name=name, datatype=datatype, shape=[1])
             if datatype == "BOOL":
                 tensor.contents.bool_contents.append(value)
@@ -198,9 +197,3 @@ class GrpcStreamUser(OpenLoopUser):
                     return
         finally:
             call.cancel()
-
-
-def _inputs(prompt: str, sampling: Mapping) -> list[tuple[str, str, object]]:
-    """(name, datatype, value) of the inputs that every interface has."""
-    texts = [("text_input", "BYTES", prompt), ("sampling_parameters", "BYTES", json.dumps(dict(sampling)))]
-    return [*texts, *((name, "BOOL", True) for name in (*RETURN, "exclude_input_in_output"))]

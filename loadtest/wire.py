@@ -11,6 +11,8 @@ from loadtest.schedule import Arrival
 
 STREAM_MODEL = "moe_llm"
 INFER_MODEL = "moe_llm_infer"
+#: Path of a request whose responses come as server-sent events.
+STREAM_PATH = f"/v2/models/{STREAM_MODEL}/generate_stream"
 
 #: Asked for with every request: what the record needs.
 RETURN = ("return_num_input_tokens", "return_num_output_tokens", "return_brownout")
@@ -53,10 +55,28 @@ def note_response(record: RequestRecord, outputs: Mapping, on_text: OnText | Non
         on_text(outputs["text_output"])
 
 
+def note_end(record: RequestRecord) -> None:
+    """No further response comes. Raises ServerError if there was none."""
+    if not record.responses:
+        raise ServerError("the stream ended without a response")
+    record.end_s = time.monotonic()
+
+
+def inputs_of(prompt: str, sampling: Mapping) -> list[tuple[str, str, str | bool]]:
+    """(name, datatype, value) of the input tensors that every model takes."""
+    texts = [("text_input", "BYTES", prompt), ("sampling_parameters", "BYTES", json.dumps(dict(sampling)))]
+    return [*texts, *((name, "BOOL", True) for name in (*RETURN, "exclude_input_in_output"))]
+
+
 def generate_body(prompt: str, sampling: Mapping) -> dict[str, object]:
-    """JSON body of a generate_stream request."""
+    """JSON body of a request to STREAM_PATH."""
     body = {"text_input": prompt, "stream": True, "sampling_parameters": json.dumps(dict(sampling))}
     return body | dict.fromkeys(RETURN, True)
+
+
+def event_of(line: bytes) -> dict[str, object] | None:
+    """The response in a line of a STREAM_PATH body, None if it has none. An error may come without being an event."""
+    return json.loads(line.removeprefix(b"data:")) if line.startswith((b"data:", b"{")) else None
 
 
 def sampling_of(number: int, arrival: Arrival, seed: int) -> dict[str, object]:

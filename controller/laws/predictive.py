@@ -14,7 +14,7 @@ from controller.reading import EngineReading, Reading
 
 #: The knobs of the configuration, where nobody sets them.
 MARGIN, HYSTERESIS, BRIGHTEN_PER_S = 0.2, 0.1, 0.5
-#: Thresholds per axis of the grid that is searched.
+#: Points of the grid that is searched.
 _GRID = 21
 #: Steps that stand for the present mix of prefill and decode.
 _RECENT_STEPS = 64

@@ -82,6 +82,7 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
             return 1
         console.print("\nMeasuring what this machine can do, and how fast it answers at a calm load …")
         ground = asyncio.run(measure_ground(server, conversations, shape, args.seed, console))
+    load, rates = _load_of(args, ground, shape, console)
 
     def run(name: str, law: str | None) -> tuple[RunSummary, list[RequestRecord]]:
         console.print(f"Brownout {name}, fresh server …")
@@ -98,7 +99,6 @@ def _demo(args: argparse.Namespace, console: Console) -> int:
             console=console,
         )
 
-    load, rates = _load_of(args, ground, shape, console)
     off, _ = run("off", None)
     on, records = run("on", args.law)
     profile = DEMO_CHECKPOINT / PROFILE_NAME

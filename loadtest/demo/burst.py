@@ -5,18 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from backend.errors import ConfigError
 from backend.serving.launch_client import RunningServer, running_server
-from backend.serving.triton_server import PRODUCT_ROOT
 from loadtest.capacity import capacity_rps, promise_of, send_closed_loop
 from loadtest.clients import Clients
 from loadtest.control_log import control_log_path
@@ -26,6 +21,7 @@ from loadtest.record import RequestRecord, Slo
 from loadtest.results import RunInfo, RunSummary
 from loadtest.run import run_load
 from loadtest.schedule import Arrival, Lengths, Schedule, make_schedule
+from loadtest.sidecar import running_controller
 from loadtest.traces import read_trace
 from loadtest.wire import sampling_of
 
@@ -133,7 +129,7 @@ async def _measure(server: RunningServer, prompts: Prompts, shape: BurstShape, s
     tokens = statistics.fmean(record.input_tokens + record.output_tokens for record in records)
     spec = f"poisson:rate={CALM * capacity:.4f},duration={_CALM_S:g}"
     schedule = build_schedule(spec, seed=seed + 2, input_tokens=shape.input_tokens, output_tokens=shape.output_tokens)
-    info = _info("calm", spec, schedule, seed + 2, Slo(ttft_s=1.0, itl_s=1.0))
+    info = RunInfo.of(schedule, name="calm", arrivals=spec, seed=seed + 2, slo=Slo(ttft_s=1.0, itl_s=1.0))
     _, calm = await _send(server, schedule, prompts, info, console)
     return Ground(capacity, capacity * tokens, promise_of(calm))
 
@@ -144,7 +140,8 @@ async def _breaks_promise(
     """Whether the burst's rate is too much for full quality."""
     spec = f"poisson:rate={BURST * ground.capacity_rps:.4f},duration={_PROBE_S:g}"
     schedule = build_schedule(spec, seed=seed, input_tokens=shape.input_tokens, output_tokens=shape.output_tokens)
-    summary, _ = await _send(server, schedule, prompts, _info("probe", spec, schedule, seed, ground.slo), console)
+    info = RunInfo.of(schedule, name="probe", arrivals=spec, seed=seed, slo=ground.slo)
+    summary, _ = await _send(server, schedule, prompts, info, console)
     return (summary.result.ttft_violation_ratio or 0.0) >= _PRESSED
 
 
@@ -199,12 +196,20 @@ def run_against_fresh_server(
     for path in (record, control_log_path(record)):
         path.unlink(missing_ok=True)
     spec, schedule = load
-    info = _info(name, spec, schedule, seed, slo)
+    info = RunInfo.of(schedule, name=name, arrivals=spec, seed=seed, slo=slo)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(running_server(env=env, log=folder / f"{name}.server.log"))
         asyncio.run(_warm_up(server, prompts))
         if law is not None:
-            stack.enter_context(_running_controller(server, slo, law, max_loss_percent, record))
+            beside = running_controller(
+                server,
+                slo,
+                law,
+                events=control_log_path(record),
+                log=record.with_suffix(".controller.log"),
+                max_loss_percent=max_loss_percent,
+            )
+            stack.enter_context(beside)
         return asyncio.run(
             run_load(
                 schedule,
@@ -225,44 +230,6 @@ async def _warm_up(server: RunningServer, prompts: Prompts) -> None:
     arrivals = [(i, Arrival(0.0, 32, 16)) for i in range(16)]
     texts = [prompts.text(-1 - i, arrival.input_tokens) for i, arrival in arrivals]
     await _send_all(server, arrivals, texts, 0, len(arrivals))
-
-
-@contextlib.contextmanager
-def _running_controller(
-    server: RunningServer, slo: Slo, law: str, max_loss_percent: float, record: Path
-) -> Iterator[None]:
-    """The sidecar, as a user starts it; ended with SIGTERM. Raises ConfigError if it ended by itself."""
-    command = [sys.executable, "-m", "controller", "--triton", server.grpc, "--law", law]
-    command += ["--ttft-slo", str(slo.ttft_s), "--itl-slo", str(slo.itl_s), "--max-quality-loss", str(max_loss_percent)]
-    command += ["--log", str(control_log_path(record).absolute()), "--metrics-port", "0"]
-    with open(record.with_suffix(".controller.log"), "w") as log:
-        process = subprocess.Popen(command, cwd=PRODUCT_ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        try:
-            yield
-            if process.poll() is not None:
-                raise ConfigError(f"the controller ended with status {process.returncode}; see {log.name}")
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _info(name: str, spec: str, schedule: Schedule, seed: int, slo: Slo) -> RunInfo:
-    return RunInfo(
-        name=name,
-        arrivals=spec,
-        seed=seed,
-        arrivals_sha256=schedule.sha256(),
-        slo=slo,
-        started_monotonic_s=time.monotonic(),
-        started_at="",
-        duration_s=schedule.duration_s,
-        planned_requests=len(schedule.arrivals),
-        bursts=schedule.bursts,
-    )
 
 
 def _span_s(records: list[RequestRecord]) -> float:

@@ -15,11 +15,9 @@ from backend.demo.prompts import DemoPrompt
 from backend.demo.tasks import FORMS, in_form, is_right
 from backend.demo.template import answer_text, prompt_text
 from backend.tokenizer import Tokenizer
-from loadtest.clients import Clients
+from loadtest.clients import INTERFACES, Clients
 from loadtest.record import RequestRecord, summarize
 
-#: Each gets every fourth question.
-INTERFACES = ("http_stream", "grpc_stream", "http_infer", "grpc_infer")
 _SAMPLING = {"max_tokens": 64, "temperature": 0.0}
 
 

@@ -160,26 +160,24 @@ def _study(args: argparse.Namespace, laws: list[str], wanted: list[str] | None, 
                     max_loss_percent=args.max_quality_loss,
                     console=console,
                 )
-                course = read_course(args.output / f"{name}.jsonl")
-                runs.append(
-                    StudyRun(
-                        load=load,
-                        law=law,
-                        number=number,
-                        summary=summary,
-                        quality=quality_of_run(records, course, profile),
-                    )
-                )
-                r = summary.result
-                console.print(
-                    f"{name}: late first tokens {percent(r.ttft_violation_ratio)}, late tokens "
-                    f"{percent(r.itl_violation_ratio)}{'' if summary.valid else ', INVALID'}",
-                    highlight=False,
-                )
-        content = {"ground": msgspec.to_builtins(ground), "runs": msgspec.to_builtins(runs)}
-        (args.output / "study.json").write_text(json.dumps(content, indent=2) + "\n")
-        (args.output / "study.md").write_text(markdown(runs))
+                quality = quality_of_run(records, read_course(args.output / f"{name}.jsonl"), profile)
+                runs.append(StudyRun(load=load, law=law, number=number, summary=summary, quality=quality))
+                console.print(f"{name}: {_in_short(summary)}", highlight=False)
+        _write(args.output, ground, runs)
     console.print(f"Wrote {args.output / 'study.json'} and {args.output / 'study.md'}.")
+
+
+def _in_short(summary: RunSummary) -> str:
+    r = summary.result
+    late = f"late first tokens {percent(r.ttft_violation_ratio)}, late tokens {percent(r.itl_violation_ratio)}"
+    return late if summary.valid else f"{late}, INVALID"
+
+
+def _write(folder: Path, ground: Ground, runs: list[StudyRun]) -> None:
+    """All runs so far, and the table of them."""
+    content = {"ground": msgspec.to_builtins(ground), "runs": msgspec.to_builtins(runs)}
+    (folder / "study.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "study.md").write_text(markdown(runs))
 
 
 if __name__ == "__main__":

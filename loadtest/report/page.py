@@ -78,25 +78,18 @@ $charts
 """)
 
 
-def write_report(
-    runs: Sequence[RunData], folder: Path, *, title: str = "Serving through a burst", notes: Sequence[str] = ()
-) -> Path:
-    """Write report.html and a PNG per chart; the page's path.
-
-    Args:
-        runs: the first is what the others are compared with.
-        notes: further sentences of the conclusion, such as the quality lost.
-    """
+def write_report(runs: Sequence[RunData], folder: Path, *, title: str = "Serving through a burst") -> Path:
+    """Write report.html and a PNG per chart; the page's path. The first run is what the others are compared with."""
     folder.mkdir(parents=True, exist_ok=True)
     charts = make_charts(runs)
     for chart in charts:
         chart.write_png(folder)
     path = folder / "report.html"
-    path.write_text(page(runs, charts, title, notes), encoding="utf-8")
+    path.write_text(page(runs, charts, title), encoding="utf-8")
     return path
 
 
-def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str, notes: Sequence[str]) -> str:
+def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str) -> str:
     """The whole HTML text."""
     names = [f"“{run.name}”" for run in runs]
     subtitle = f"{', '.join(names[:-1])} and {names[-1]} compared" if len(runs) > 1 else names[0]
@@ -109,7 +102,7 @@ def page(runs: Sequence[RunData], charts: Sequence[Chart], title: str, notes: Se
         if problems
         else "",
         verdict=html.escape(verdict(runs)),
-        conclusion=_items([*conclusion(runs), *notes]),
+        conclusion=_items(conclusion(runs)),
         tiles="".join(_tile(*tile) for tile in tiles(runs)),
         introduction=f"{_INTRODUCTION} {html.escape(roles(runs))}",
         charts="\n".join(_figure(chart) for chart in charts),

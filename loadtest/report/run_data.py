@@ -14,8 +14,8 @@ from backend.errors import ConfigError
 from loadtest.control_log import read_course
 from loadtest.quality import Quality, curve_of_run, quality_of_run, quality_path, read_run_profile
 from loadtest.record import RequestRecord, Slo, read_records, weighted_percentile
-from loadtest.results import RunSummary, itl_latencies, summary_path, ttft_latencies
-from loadtest.telemetry import Sample
+from loadtest.results import Latency, RunSummary, itl_latencies, summary_path, ttft_latencies
+from loadtest.telemetry import Sample, with_thresholds
 
 #: (times, values) of a line; rates and readings hold from their time until the next.
 Line = tuple[list[float], list[float]]
@@ -83,7 +83,7 @@ class RunData:
         if self._profile is None:
             return [], []
         curve = curve_of_run(self._samples, self._profile)
-        known = [s for s in self._while_running() if s.threshold_prefill is not None and s.threshold_decode is not None]
+        known = with_thresholds(self._while_running())
         return [s.time_s - self._start_s for s in known], [
             curve.losses(s.threshold_prefill, s.threshold_decode)[curve.measure] for s in known
         ]
@@ -102,10 +102,10 @@ class RunData:
         rates = counts / np.diff(edges)
         return edges.tolist(), [*rates.tolist(), float(rates[-1])]
 
-    def _percentile(self, latencies: list, percent: float) -> Line:
+    def _percentile(self, latencies: Sequence[Latency], percent: float) -> Line:
         windows: dict[int, list[tuple[float, int]]] = defaultdict(list)
-        for at_s, value, weight, _ in latencies:
-            windows[self._window(at_s)].append((value, weight))
+        for x in latencies:
+            windows[self._window(x.at_s)].append((x.seconds, x.count))
         numbers = sorted(windows)
         middles = [(n + 0.5) * self.window_s for n in numbers]
         return middles, [weighted_percentile(windows[n], percent) for n in numbers]

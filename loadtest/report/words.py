@@ -195,9 +195,8 @@ def _quality_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], list[tu
     losses = {f"Quality lost: {measure_name(known[0].measure)}, mean over all words": lambda q: q.mean_loss_percent}
     losses["… when dimmed most"] = lambda q: q.max_loss_percent
     for name in known[0].other_mean_losses:
-        losses[f"Quality lost: {measure_name(name)}, mean over all words"] = lambda q, n=name: q.other_mean_losses.get(
-            n
-        )
+        title = f"Quality lost: {measure_name(name)}, mean over all words"
+        losses[title] = lambda q, n=name: q.other_mean_losses.get(n)
     rows = []
     for title, loss_of in losses.items():
         values = [None if run.quality is None else loss_of(run.quality) for run in runs]

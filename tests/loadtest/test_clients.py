@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from loadtest.clients import Clients
-from loadtest.wire import is_rejection
+from loadtest.wire import event_of, is_rejection
 
 
 @pytest.mark.parametrize("interface", ["http_stream", "grpc_stream", "http_infer", "grpc_infer"])
@@ -36,3 +36,16 @@ def test_a_server_that_is_not_there_is_a_failure_not_a_rejection(interface):
 )
 def test_only_the_servers_own_refusals_are_rejections(message, rejected):
     assert is_rejection(message) is rejected
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (b'data: {"text_output": "a"}\n', {"text_output": "a"}),
+        (b'{"error": "the queue is full"}', {"error": "the queue is full"}),  # a refusal comes without events
+        (b"\n", None),
+        (b"<html>of a proxy</html>\n", None),
+    ],
+)
+def test_streams_of_events_are_read_line_by_line(line, found):
+    assert event_of(line) == found

@@ -41,7 +41,7 @@ class EngineConfig:
     #: `auto` is the checkpoint's own type (float32 for a dummy on a CPU).
     dtype: str = "auto"
     #: Bytes for the KV cache (suffixes K M G T); `kv_cache_blocks` is the alternative. Default: what max_running
-    #: sequences of max_model_len need, at most 1 GiB on a CPU and 85 % of the free memory on a GPU.
+    #: sequences of max_model_len need, at most 1 GiB on a CPU; for GPUs see `backend.engine.kv_memory`.
     kv_cache_memory: int | None = None
     kv_cache_blocks: int | None = None
     #: Type in which weights of experts are stored: `auto` (dtype) or `fp8` (e4m3 with a factor for each output row, a GPU from
@@ -73,9 +73,9 @@ class EngineConfig:
     shed_ttft_s: float | None = None
     #: `auto`, `triton` and `flash_attn` (GPU only; flash_attn needs its package and a block_size of 256) or `torch`.
     attention_backend: str = "auto"
-    #: Replay decode steps as CUDA graphs: `auto` (on a GPU), `on`, `off`.
+    #: Replay decode steps, and those of up to 1024 tokens with prompts in them, as CUDA graphs: `auto` (on a GPU), `on`, `off`.
     cuda_graphs: str = "auto"
-    #: Launch the next decode step while one runs: `auto` (on a GPU), `on`, `off`.
+    #: Launch the next step while one runs: `auto` (on a GPU), `on`, `off`.
     async_scheduling: str = "auto"
     #: Seconds a shutdown waits for running requests before it aborts them.
     drain_timeout_s: float = 5.0
@@ -156,6 +156,11 @@ class EngineConfig:
             self.pool.num_workers is None or self.cuda_graphs != "on",
             "cuda_graphs",
             "auto or off with expert_pool workers",
+        )
+        check(
+            self.attention_backend != "torch" or self.cuda_graphs != "on",
+            "cuda_graphs",
+            "auto or off with attention_backend torch, which reads whole block tables",
         )
         check(bool(self.devices) and all(self.devices), "device", "a device or a comma-separated list of devices")
         check(len(set(self.devices)) == len(self.devices), "device", "a list without repetitions")

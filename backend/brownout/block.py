@@ -100,7 +100,7 @@ TELEMETRY = np.dtype(
         ("assignments_per_token", "<f8"),
         ("united_share", "<f8"),
         ("max_gap_s", "<f8"),
-        # Of a resident or worker pool; see backend.experts.resident.ExpertTelemetry.
+        # Of a resident or worker pool; see backend.experts.telemetry.ExpertTelemetry.
         ("resident_share", "<f8"),
         ("expert_misses", "<i8"),
         ("expert_stalls", "<i8"),

@@ -8,7 +8,7 @@ divergence), each step at a way, a threshold and a batch composition drawn at ra
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,7 @@ from backend.models.model import MoeModel
 _COMPOSITIONS = (64, 256, None)
 #: How often held-out text is looked at.
 _CHECKS = 10
+#: Steps in which the rate rises to its highest.
 _WARMUP = 20
 
 
@@ -55,65 +56,86 @@ def train_end_to_end(
     The report of each way gains `end_to_end`: the divergence on held-out text at threshold 0, before and after, in nats per
     token. The layers' own errors in it stay those before this training, which need not lower them.
     """
-    device, dtype = model.device, model.dtype
     rng = random.Random(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     length = max(map(len, windows))
-    measured = pack(_draw(held_out, options.tokens, rng), length, device)
-    weights = {way: _trainable(experts, device) for way, experts in united.items()}
-    groups = {
-        way: {i: layer.groups.to(device) for i, layer in experts.layers.items()} for way, experts in united.items()
-    }
-    best: dict[int, _Weights] = {}
-    before, lowest = {}, {}
 
-    def look(way: int) -> None:
-        rounded = {i: tuple(w.detach().to(dtype).float() for w in pair) for i, pair in weights[way].items()}
-        with torch.no_grad():
-            serve = _browned(model, rounded, groups[way], 0.0, None, generator)
-            found = float(_divergence(model, measured, serve))
-        before.setdefault(way, found)
-        if found < lowest.get(way, float("inf")):
-            lowest[way], best[way] = found, rounded
+    def batch_of(texts: Sequence[Sequence[int]]) -> Packed:
+        return pack(_draw(texts, options.tokens, rng), length, model.device)
 
-    for way in weights:
-        look(way)
-    parameters = [
-        {"params": [w], "lr": options.rate * max(float(w.detach().square().mean().sqrt()), 1e-8)}
-        for layers in weights.values()
-        for pair in layers.values()
-        for w in pair
-    ]
-    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: (
-            min(1.0, (i + 1) / _WARMUP) * 0.5 * (1.02 + torch.cos(torch.tensor(torch.pi * i / options.steps)).item())
-        ),
-    )
-    ways = sorted(weights)
+    measured = batch_of(held_out)
+    students = {way: _Student(experts, model.device) for way, experts in united.items()}
+    for student in students.values():
+        student.look(model, measured, generator)
+    optimizer, schedule = _optimizer(students.values(), options)
+    in_turn = [students[way] for way in sorted(students)]
     for step in range(1, options.steps + 1):
-        way = ways[step % len(ways)]
+        student = in_turn[step % len(in_turn)]
         theta = 0.0 if rng.random() < 0.5 else rng.uniform(0.0, options.threshold)
-        serve = _browned(model, weights[way], groups[way], theta, rng.choice(_COMPOSITIONS), generator)
-        loss = _divergence(model, pack(_draw(windows, options.tokens, rng), length, device), serve)
+        serve = _browned(model, student.weights, student.groups, theta, rng.choice(_COMPOSITIONS), generator)
+        loss = _divergence(model, batch_of(windows), serve)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         advance(1)
         if step % max(1, options.steps // _CHECKS) == 0 or step == options.steps:
-            for way in ways:
-                look(way)
-    result = {}
-    for way, experts in united.items():
+            for student in in_turn:
+                student.look(model, measured, generator)
+    return {way: student.result(model.dtype, options.steps) for way, student in students.items()}
+
+
+class _Student:
+    """The united experts of one way in training, and the state of them that was best on held-out text so far."""
+
+    def __init__(self, united: UnitedExperts, device: torch.device) -> None:
+        self._united = united
+        self.weights = _trainable(united, device)
+        self.groups = {i: layer.groups.to(device) for i, layer in united.layers.items()}
+        self._best: _Weights = {}
+        #: Divergence on held-out text in nats per token: before training, and of the best state.
+        self._before: float | None = None
+        self._lowest = float("inf")
+
+    def look(self, model: MoeModel, held_out: Packed, generator: torch.Generator) -> None:
+        """Measure the divergence at threshold 0 and keep the present state if it is the best one."""
+        # As they will be stored: rounding counts.
+        rounded = {i: tuple(w.detach().to(model.dtype).float() for w in pair) for i, pair in self.weights.items()}
+        with torch.no_grad():
+            serve = _browned(model, rounded, self.groups, 0.0, None, generator)
+            found = float(_divergence(model, held_out, serve))
+        if self._before is None:
+            self._before = found
+        if found < self._lowest:
+            self._lowest, self._best = found, rounded
+
+    def result(self, dtype: torch.dtype, steps: int) -> UnitedExperts:
+        """The best state, its report with what these steps of training have brought."""
         layers = {
-            i: UnitedLayer(layer.groups, best[way][i][0].to(dtype), best[way][i][1].to(dtype))
-            for i, layer in experts.layers.items()
+            i: UnitedLayer(layer.groups, *(w.to(dtype) for w in self._best[i]))
+            for i, layer in self._united.layers.items()
         }
-        note = {"steps": options.steps, "divergence_before": before[way], "divergence_after": lowest[way]}
-        result[way] = replace(experts, layers=layers, report=experts.report | {"end_to_end": note})
-    return result
+        note = {"steps": steps, "divergence_before": self._before, "divergence_after": self._lowest}
+        return replace(self._united, layers=layers, report=self._united.report | {"end_to_end": note})
+
+
+def _optimizer(
+    students: Iterable[_Student], options: EndToEndOptions
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam with steps relative to the size of the weights; after a warm-up the rate falls along half a cosine."""
+    parameters = [
+        {"params": [w], "lr": options.rate * max(float(w.detach().square().mean().sqrt()), 1e-8)}
+        for student in students
+        for pair in student.weights.values()
+        for w in pair
+    ]
+
+    def rate(step: int) -> float:
+        warm = min(1.0, (step + 1) / _WARMUP)
+        return warm * 0.5 * (1.02 + torch.cos(torch.tensor(torch.pi * step / options.steps)).item())
+
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.98))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 def end_to_end_bytes(model: MoeModel, united_elements: int, options: EndToEndOptions) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,22 +109,33 @@ def complete(
 ) -> list[list[int]]:
     """Tokens made from each prompt, with as many at once as the engine's max_running allows.
 
-    `is_enough` is told of every token made from a prompt, by number, and says whether no more are wanted.
+    `is_enough` is told of every token made from a prompt, by number, and says whether no more are wanted. No step is launched
+    ahead: after each one the model's last step is the one whose tokens have just been read.
     """
     engine, made = llm.engine, [[] for _ in prompts]  # type: list[list[int]]
-    waiting = 0
-    while waiting < len(prompts) or engine.has_work:
-        while waiting < len(prompts) and engine.has_room:
-            engine.add(Request(waiting, list(prompts[waiting]), params))
-            waiting += 1
-        for event in engine.step():
-            if isinstance(event, RequestEnded):
-                raise RuntimeError(f"prompt {event.request_id}: {event.message}")
-            made[event.request_id].append(event.token_id)
-            if is_enough(event.request_id, event.token_id) and event.finish_reason is None:
-                engine.abort(event.request_id)
-        after_step()
+    with _nothing_ahead(engine):
+        waiting = 0
+        while waiting < len(prompts) or engine.has_work:
+            while waiting < len(prompts) and engine.has_room:
+                engine.add(Request(waiting, list(prompts[waiting]), params))
+                waiting += 1
+            for event in engine.step():
+                if isinstance(event, RequestEnded):
+                    raise RuntimeError(f"prompt {event.request_id}: {event.message}")
+                made[event.request_id].append(event.token_id)
+                if is_enough(event.request_id, event.token_id) and event.finish_reason is None:
+                    engine.abort(event.request_id)
+            after_step()
     return made
+
+
+@contextmanager
+def _nothing_ahead(engine: Engine) -> Iterator[None]:
+    overlap, engine.overlap = engine.overlap, False
+    try:
+        yield
+    finally:
+        engine.overlap = overlap
 
 
 @dataclass(frozen=True)

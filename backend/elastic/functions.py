@@ -17,31 +17,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from backend.elastic.placer import Copy
+from backend.experts.telemetry import FunctionTelemetry
 
 STATES = COLD, LOADING, WARM = "cold", "loading", "warm"
 GB = 1e9
-
-
-@dataclass
-class FunctionTelemetry:
-    """What expert functions do, counted alike by the simulator and by the pools of a running engine."""
-
-    #: As of now: copies that serve, copies on their way, and experts of which there is neither.
-    warm: int = 0
-    loading: int = 0
-    cold: int = 0
-    #: Since the start: loads begun, and those of them that failed.
-    loads: int = 0
-    failures: int = 0
-    #: Warm copies that gave way: to others, to a smaller share of memory, or with the worker that held them.
-    evictions: int = 0
-    #: Warm copies that were idle for the keep-alive time.
-    expiries: int = 0
-    #: Copies, or whole plans of a worker pool, for which there was no room.
-    refusals: int = 0
-    #: Bytes of memory for copies, loading included, times seconds; and what one warm copy of each expert would have taken.
-    slot_byte_s: float = 0.0
-    always_on_byte_s: float = 0.0
 
 
 @dataclass

@@ -15,9 +15,10 @@ Beside it stand the baselines, which know only loads of the past: `LastWindow` a
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backend.errors import ConfigError
-
-if TYPE_CHECKING:
-    from backend.elastic.recording import Recording
 
 FORMAT = 3
 FILE_NAME = "load-predictor.safetensors"
@@ -61,16 +59,10 @@ class LoadPredictor:
     #: What a hidden layer adds to the logits of some pairs.
     hidden: dict[tuple[int, int], HiddenLayer] = field(default_factory=dict)
 
-    @classmethod
-    def of_recording(cls, recording: Recording, *distances: int) -> LoadPredictor:
-        """The routers of a recorded checkpoint, not fine-tuned."""
-        pairs = [(layer, d) for d in distances for layer in range(d, recording.num_layers)]
-        return cls(
-            {(layer, d): recording.routers[layer] for layer, d in pairs},
-            {(layer, d): recording.biases[layer] for layer, d in pairs},
-            recording.top_k,
-            recording.fingerprint,
-        )
+    @property
+    def pairs(self) -> Collection[tuple[int, int]]:
+        """(layer, distance) that the predictor was made for."""
+        return self.weights.keys()
 
     def choose(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
         """Experts [T, K] expected in `layer` for the inputs [T, M] of the expert layer `distance` before it.
@@ -92,7 +84,7 @@ class LoadPredictor:
         return self.expected(hidden, layer, distance).sum(0)
 
     def _logits(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
-        if (layer, distance) not in self.weights:
+        if (layer, distance) not in self.pairs:
             raise ConfigError(f"the load predictor has no matrix for layer {layer} at distance {distance}")
         x = hidden.float()
         logits = F.linear(x, self.weights[layer, distance], self.biases[layer, distance])
@@ -109,7 +101,7 @@ class LoadPredictor:
             "tuned": sorted(self.tuned),
         }
         tensors = {}
-        for layer, distance in self.weights:
+        for layer, distance in self.pairs:
             tensors[f"{layer}.{distance}.weight"] = self.weights[layer, distance]
             tensors[f"{layer}.{distance}.bias"] = self.biases[layer, distance]
         for (layer, distance), added in self.hidden.items():

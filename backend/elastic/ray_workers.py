@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from backend.elastic.exchange import WORKER, Link, LinkError
 from backend.elastic.expert_worker import ExpertWorker, WorkerShape
 from backend.elastic.ray_remains import end_with_this_process
 from backend.errors import ConfigError, UnreachableError
-from backend.experts.resident import Source
+from backend.experts.weight_store import Source
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class RayActor:
 class RayHandle:
     """The engine's end of an actor."""
 
-    def __init__(self, ray, actor) -> None:
+    def __init__(self, ray: ModuleType, actor) -> None:
         self._ray, self._actor = ray, actor
         self.pid = 0
 
@@ -126,54 +127,24 @@ class RayHost:
                 f"parameter expert_pool is workers:{num_workers} and the device {device}, which needs the parameter ray_address: a "
                 "cluster whose GPUs are others than the engine's"
             )
-        former_handler = signal.getsignal(signal.SIGTERM)
-        # Ray reads these when it is imported: it tries for minutes to reach a cluster, reports its use to its makers, and has
-        # workers step back (nice 15) behind everything else on the machine, although the engine waits for them.
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        try:
-            import ray
-        except ImportError:
-            raise ConfigError(
-                f"parameter expert_pool is workers:{num_workers}, which needs the package ray: install the extra workers "
-                "(pip install ray), or use local or resident"
-            ) from None
-        self._ray = ray
+        self._ray = _import_ray(num_workers)
         if address:
             where, self._cpus = f"the Ray cluster at {address} (parameter ray_address)", cpus or 1
         else:
-            where, self._cpus = (
-                "a Ray cluster on this machine",
-                cpus or max(1, (os.cpu_count() or 1) // (num_workers + 1)),
-            )
-        is_new = not address and not ray.is_initialized()
+            share = max(1, (os.cpu_count() or 1) // (num_workers + 1))
+            where, self._cpus = "a Ray cluster on this machine", cpus or share
+        is_new = not address and not self._ray.is_initialized()
         try:
             if address:
                 _check_reachable(address)
-                options = {"address": address}
+                cluster = {"address": address}
             else:
                 # Room for one more: a slow worker goes on until another one has taken its place.
-                options = {"num_cpus": (num_workers + 1) * self._cpus, "object_store_memory": _OBJECT_STORE_BYTES}
-                options["include_dashboard"] = False
-            ray.init(
-                **options,
-                namespace="experts",
-                log_to_driver=False,
-                configure_logging=False,
-                ignore_reinit_error=True,
-                runtime_env={"env_vars": {"PYTHONPATH": str(_ROOT), "OMP_WAIT_POLICY": "PASSIVE"}},
-            )
+                cluster = {"num_cpus": (num_workers + 1) * self._cpus, "object_store_memory": _OBJECT_STORE_BYTES}
+                cluster["include_dashboard"] = False
+            _connect(self._ray, cluster)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            # Ray's own kind of error: something listens there, but will not talk.
-            if type(error) is ConnectionError and "RAY_AUTH_MODE" not in os.environ:
-                reason += "; if it asks for a token, set RAY_AUTH_MODE=token for the server, too"
-            kind = UnreachableError if isinstance(error, OSError) else ConfigError
-            raise kind(f"{where} cannot be used for expert workers: {reason}") from None
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, former_handler)  # Ray's would end the engine without draining
+            raise _unusable(where, error) from None
         if is_new:
             end_with_this_process()
         self._device = device.type
@@ -181,7 +152,7 @@ class RayHost:
         self._needs: dict[str, float] = {"CPU": self._cpus}
         self._needs |= {"GPU": 1} if device.type == "cuda" else {"memory": shape.num_bytes}
         self._check_room(where, num_workers)
-        self.address = ray.util.get_node_ip_address()
+        self.address = self._ray.util.get_node_ip_address()
 
     def start(self, name: str, shape: WorkerShape, store_port: int) -> RayHandle:
         """See WorkerHost."""
@@ -209,6 +180,50 @@ class RayHost:
                     f"{where} has {there.get(kind, 0):g} of the resource {kind}, but {num_workers} workers need "
                     f"{num_workers * needed} (parameters expert_pool, worker_cpus, resident_experts)"
                 )
+
+
+def _import_ray(num_workers: int) -> ModuleType:
+    """Ray, with the settings that it reads when it is imported. Raises ConfigError if it is not installed."""
+    # By itself it tries for minutes to reach a cluster, reports its use to its makers, and has workers step back (nice 15)
+    # behind everything else on the machine, although the engine waits for them.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            f"parameter expert_pool is workers:{num_workers}, which needs the package ray: install the extra workers "
+            "(pip install ray), or use local or resident"
+        ) from None
+    return ray
+
+
+def _connect(ray: ModuleType, cluster: dict[str, object]) -> None:
+    """Join or start this cluster; this process goes on to handle SIGTERM as before: Ray would end it without draining."""
+    former_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            **cluster,
+            namespace="experts",
+            log_to_driver=False,
+            configure_logging=False,
+            ignore_reinit_error=True,
+            runtime_env={"env_vars": {"PYTHONPATH": str(_ROOT), "OMP_WAIT_POLICY": "PASSIVE"}},
+        )
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, former_handler)
+
+
+def _unusable(where: str, error: Exception) -> ConfigError:
+    """What to raise when a cluster could not be joined or started."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # Ray's own kind of error: something listens there, but will not talk.
+    if type(error) is ConnectionError and "RAY_AUTH_MODE" not in os.environ:
+        reason += "; if it asks for a token, set RAY_AUTH_MODE=token for the server, too"
+    kind = UnreachableError if isinstance(error, OSError) else ConfigError
+    return kind(f"{where} cannot be used for expert workers: {reason}")
 
 
 def _check_reachable(address: str) -> None:

@@ -59,6 +59,16 @@ class Recording:
         parts = [torch.arange(int(self.starts[s]), int(self.starts[s + 1])) for s in sequences]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
+    def predictor(self, *distances: int) -> LoadPredictor:
+        """The routers themselves as the predictor at these distances, not fine-tuned."""
+        pairs = [(layer, d) for d in distances for layer in range(d, self.num_layers)]
+        return LoadPredictor(
+            {(layer, d): self.routers[layer] for layer, d in pairs},
+            {(layer, d): self.biases[layer] for layer, d in pairs},
+            self.top_k,
+            self.fingerprint,
+        )
+
     def pool(self, predictor: LoadPredictor, distance: int) -> RoutingPool:
         """Routing for the simulator, with what the predictor says `distance` layers ahead."""
         predicted = torch.full_like(self.experts, -1)
@@ -111,10 +121,11 @@ class _Tap:
         self.block = block
         self.inputs: list[Tensor] = []
 
-    def __call__(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, *args: object) -> Tensor:
+        """See MoeBlock."""
         # A copy: the block may work in place.
         self.inputs.append(x.detach().to("cpu", torch.float16, copy=True))
-        return self.block(x, *args, **kwargs)
+        return self.block.add_to(residual, x, *args)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.block, name)
@@ -182,7 +193,8 @@ def record(
 def record_traffic(checkpoint: str, traffic: Traffic, new_tokens: int, seed: int, progress: Progress) -> Recording:
     """Record a checkpoint on some traffic, sampling at temperature 1; see `record`."""
     task = progress.add_task(f"recording {len(traffic.prompts)} prompts", total=None)
-    llm = LLM(checkpoint)
+    # A replayed graph would pass the taps by, and a step ahead may compute a row that nobody asked for.
+    llm = LLM(checkpoint, cuda_graphs="off", async_scheduling="off")
     params = SamplingParams(max_tokens=new_tokens, temperature=1.0, seed=seed)
     recording = record(llm, traffic.prompts, traffic.domains, params, fingerprint_of(checkpoint))
     progress.remove_task(task)

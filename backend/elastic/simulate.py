@@ -275,7 +275,7 @@ def _pool(args: argparse.Namespace, num_experts: int, top_k: int, progress: Prog
     if args.predictor is not None:
         predictor = LoadPredictor.read(args.predictor, recording.fingerprint)
     else:
-        predictor = LoadPredictor.of_recording(recording, args.distance)
+        predictor = recording.predictor(args.distance)
     return recording.pool(predictor, args.distance)
 
 

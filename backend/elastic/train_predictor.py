@@ -123,7 +123,7 @@ def train(
 
     Forms are tried in this order until one finds 80 % of the experts: the router, a fine-tuned matrix, one with hidden units.
     """
-    predictor = LoadPredictor.of_recording(recording, *distances)
+    predictor = recording.predictor(*distances)
     weights, biases, tuned, hidden = dict(predictor.weights), dict(predictor.biases), set(), {}
     validation = list(sequences[::5])
     rows = recording.rows_of([s for s in sequences if s not in set(validation)])
@@ -167,11 +167,11 @@ def measure(
 
     So many sequences advance `together`: the fewer, the more a step's load differs from that of the steps before.
     """
-    plain = LoadPredictor.of_recording(recording, *{distance for _, distance in predictor.weights})
+    plain = recording.predictor(*{distance for _, distance in predictor.pairs})
     rows = recording.rows_of(sequences)
     steps, before = steps_of(recording, sequences, together), steps_of(recording, warm_up, together)
     result = []
-    for layer, distance in sorted(predictor.weights):
+    for layer, distance in sorted(predictor.pairs):
         experts = recording.experts[layer].long()
         inputs = recording.hidden[layer - distance]
         baselines = {"last_window": LastWindow(recording.num_experts), "ewma": Ewma(recording.num_experts)}

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from backend.elastic.exchange import ENGINE, Link
 from backend.elastic.expert_plan import Holders, Plan, PlanError, make_plan
 from backend.elastic.expert_worker import WorkerShape
-from backend.experts.resident import ExpertTelemetry, Source
+from backend.experts.telemetry import ExpertTelemetry
+from backend.experts.weight_store import Source
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from backend.elastic.expert_worker import WorkerShape
 from backend.elastic.predictor import Ewma
 from backend.experts.expert_map import MISSING, ExpertMap
-from backend.experts.resident import Source
-from backend.experts.weight_store import ExpertWeights
+from backend.experts.weight_store import ExpertWeights, Source
 
 if TYPE_CHECKING:
     from backend.elastic.worker_pool import WorkerPool

@@ -26,8 +26,8 @@ from backend.elastic.stragglers import Stragglers
 from backend.elastic.worker_crew import WorkerCrew, WorkerHost
 from backend.elastic.worker_layer import OwnStore, WorkerExperts, rows_of
 from backend.experts.expert_map import ExpertMap
-from backend.experts.resident import ExpertTelemetry, Source
-from backend.experts.weight_store import ExpertWeights
+from backend.experts.telemetry import ExpertTelemetry
+from backend.experts.weight_store import ExpertWeights, Source
 
 log = logging.getLogger(__name__)
 

@@ -35,10 +35,10 @@ class BatchBuilder:
     def build(self, schedule: Schedule, previous: torch.Tensor | None = None) -> ForwardBatch:
         """Lay the scheduled tokens end to end; see ForwardBatch for shapes.
 
-        A schedule made ahead takes its input from `previous` [R] int64, the tokens that the step before it chose, on the
-        device.
+        A schedule made ahead takes its first sequences' input from `previous` [R] int64, the tokens that the step before it
+        chose, on the device; None if that chose none.
         """
-        sequences, num_decodes, ahead = schedule.sequences, schedule.num_decodes, schedule.previous_rows
+        sequences, num_decodes = schedule.sequences, schedule.num_decodes
         num_sequences = len(sequences)
         computed = [sequence.num_computed for sequence in sequences]
         starts, counts = _integers(computed), _integers(schedule.num_tokens)
@@ -60,7 +60,7 @@ class BatchBuilder:
 
         ids, *tensors = to_device(
             [
-                _integers(_next_tokens(schedule, computed) if ahead is None else ahead),
+                _integers(_next_tokens(schedule, computed)),
                 positions,
                 self._tables[rows, places] * self._block_size + offsets,
                 query_start.astype(np.int32),
@@ -71,10 +71,11 @@ class BatchBuilder:
             ],
             self._device,
         )
-        if ahead is not None:
+        if schedule.previous_rows:
             assert previous is not None
+            unknown = ids[: len(schedule.previous_rows)]
             # Of a row that went wrong there is no token (-1), and nobody will look at what follows it.
-            ids = previous.index_select(0, ids).clamp_(min=0)
+            unknown.copy_(previous.index_select(0, unknown).clamp_(min=0))
         return ForwardBatch(
             ids,
             *tensors,
@@ -126,9 +127,14 @@ def build_batch(schedule: Schedule, block_size: int, device: torch.device) -> Fo
 
 
 def _next_tokens(schedule: Schedule, computed: list[int]) -> array:
-    """The tokens to be computed, sequence by sequence, of which so many are `computed` already."""
+    """The tokens to be computed, sequence by sequence, of which so many are `computed` already.
+
+    For tokens that are not known yet, their rows in the step before.
+    """
     sequences, num_decodes = schedule.sequences, schedule.num_decodes
-    token_ids = array("q", [sequence.tokens[n] for sequence, n in zip(sequences[:num_decodes], computed)])  # noqa: B905
+    token_ids = array("q", schedule.previous_rows or ())
+    known = slice(len(token_ids), num_decodes)
+    token_ids.extend([sequence.tokens[n] for sequence, n in zip(sequences[known], computed[known], strict=True)])
     for i in range(num_decodes, len(sequences)):
         token_ids += sequences[i].tokens[computed[i] : computed[i] + schedule.num_tokens[i]]
     return token_ids

@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from backend.brownout.queue_model import EngineLoad
@@ -32,7 +33,7 @@ from backend.engine.sampler import Sampled, Sampling
 from backend.engine.scheduler import Schedule, Scheduler
 from backend.engine.shedding import Pace, Waiting, late_requests
 from backend.engine.stats import EngineCounters, EngineStats
-from backend.experts.resident import ExpertTelemetry
+from backend.experts.telemetry import ExpertTelemetry
 from backend.kernels.transfer import HostCopy
 
 Event = TokenOutput | RequestEnded
@@ -46,9 +47,10 @@ class _Step:
     #: Sequences that get a token, in the order of the tokens, and the tokens; None if there are none.
     ready: list[Sequence]
     sampling: Sampling | None
-    #: For each token class whether experts were replaced, and the tokens' replaced assignments if some were.
+    #: For each token class whether experts were replaced.
     browned: tuple[bool, ...]
-    replaced: HostCopy | None
+    #: The tokens if there are some, then the replaced assignments [T] if there may be some.
+    values: HostCopy
 
 
 class Engine:
@@ -227,24 +229,30 @@ class Engine:
         that one is finished. Its keys and values go to blocks that may have been handed out again, but before anything that
         is launched later writes there.
         """
-        if not self.overlap or step.sampling is None or any(_reads_output(s.request.params) for s in step.ready):
+        if not self.overlap or any(_reads_output(s.request.params) for s in step.ready):
             return None
         schedule = self.scheduler.schedule_ahead(step.ready, self._ends_by_length)
         if schedule is None:
             return None
-        return self._sample(schedule, self.runner.run(schedule, step.sampling.tokens))
+        tokens = None if step.sampling is None else step.sampling.tokens
+        return self._sample(schedule, self.runner.run(schedule, tokens))
 
     def _sample(self, schedule: Schedule, logits: Tensor) -> _Step:
         """Go on with the logits of a step that has just been launched: begin to choose tokens."""
-        ready, ahead = schedule.ready(), schedule.previous_rows is not None
-        sampling = Sampling(logits, [self._sample_row(sequence, ahead) for sequence in ready]) if ready else None
+        ready, num_unknown = schedule.ready(), len(schedule.previous_rows or ())
+        rows = [self._sample_row(sequence, entry < num_unknown) for entry, sequence in enumerate(ready)]
+        sampling = Sampling(logits, rows) if ready else None
         browned = self.runner.browned_classes
-        return _Step(schedule, ready, sampling, browned, self.runner.copy_replaced() if any(browned) else None)
+        values = [] if sampling is None else [sampling.packed]
+        if any(browned):
+            values.append(self.runner.replaced)
+        return _Step(schedule, ready, sampling, browned, HostCopy(self.runner.device, *values))
 
     def _finish(self, step: _Step, events: list[Event]) -> None:
-        """Wait for a step's tokens and say what they lead to."""
-        results = step.sampling.results() if step.sampling is not None else []
-        self._count_replaced(step)
+        """Wait for a step, also for one without tokens, and say what its tokens lead to."""
+        values = iter(step.values.numpy())
+        results = step.sampling.results(next(values)) if step.sampling is not None else []
+        self._count_replaced(step.schedule, next(values, None))
         for sequence, sampled in zip(step.ready, results, strict=True):
             if not sequence.finished:
                 events.append(self._emit(sequence, sampled))
@@ -296,13 +304,13 @@ class Engine:
                     if not sibling.finished:
                         self.scheduler.add(sibling)
 
-    def _count_replaced(self, step: _Step) -> None:
-        """Record what brownout replaced in a step."""
-        if step.replaced is None:
+    def _count_replaced(self, schedule: Schedule, by_token: np.ndarray | None) -> None:
+        """Record how many assignments [T] brownout replaced in a step; None: none."""
+        if by_token is None:
             self._united_share = 0.0
             return
-        schedule = step.schedule
-        replaced = self.runner.replaced_assignments(schedule, step.replaced)
+        starts = np.cumsum([0, *schedule.num_tokens[:-1]])
+        replaced = np.add.reduceat(by_token, starts).tolist()
         for sequence, num_replaced in zip(schedule.sequences, replaced, strict=True):
             sequence.num_replaced += num_replaced
         self._united_share = sum(replaced) / (sum(schedule.num_tokens) * self._assignments)

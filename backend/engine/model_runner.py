@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 
 from backend.brownout.layer_thresholds import LayerThresholds
@@ -13,28 +12,19 @@ from backend.brownout.profile import find_profile
 from backend.brownout.settings import Available, Settings
 from backend.config import EngineConfig
 from backend.elastic.worker_pool import WorkerPool
-from backend.engine.batch import BatchBuilder, build_batch
-from backend.engine.cuda_graphs import DecodeGraphs, Graph, cuda_graphs
-from backend.engine.request import Request
-from backend.engine.sampler import SampleRow, sample
-from backend.engine.sampling_params import SamplingParams
+from backend.engine.batch import BatchBuilder
+from backend.engine.cuda_graphs import Graph, StepGraphs, cuda_graphs
+from backend.engine.kv_memory import block_bytes, graph_bytes, num_kv_blocks
 from backend.engine.scheduler import Schedule
+from backend.engine.warm_up import warm_up
 from backend.errors import ConfigError
 from backend.experts.resident import ResidentPool
 from backend.kernels import check_attention, has_triton
-from backend.kernels.transfer import HostCopy
+from backend.kernels.query_tiles import tile_queries
 from backend.models import load_model
 from backend.models.attention import KVCache
-from backend.models.forward_batch import ForwardBatch
 
 log = logging.getLogger(__name__)
-
-_CPU_KV_LIMIT_BYTES = 2**30
-_GPU_FREE_SHARE = 0.85
-#: Tokens of the prefill steps that are run at the start, beside the largest: kernels differ with sizes and divisibility.
-_WARM_UP_TOKENS = (5, 20, 40, 100, 200, 300, 400, 600)
-#: Shortest context of the single tokens that are computed at the start; attention splits longer ones into more parts.
-_WARM_UP_CONTEXT = 256
 
 
 class ModelRunner:
@@ -48,7 +38,8 @@ class ModelRunner:
             torch.cuda.set_device(self.device)  # where Triton launches
         check_attention(config.attention_backend, self.device, config.block_size, config.dtype)
         check_expert_dtype(config.expert_dtype, self.device)
-        use_graphs = config.pool.num_workers is None and resolve_cuda_graphs(config.cuda_graphs, self.device)
+        graphs_fit = config.pool.num_workers is None and config.attention_backend != "torch"
+        use_graphs = graphs_fit and resolve_cuda_graphs(config.cuda_graphs, self.device)
         self.model = load_model(
             config.checkpoint,
             routing=config.routing,
@@ -70,7 +61,10 @@ class ModelRunner:
         self.max_model_len = self._max_model_len(config)
         self.block_size = config.block_size
         self.batches = BatchBuilder(self.block_size, self.device)
-        self.num_blocks = self._num_blocks(config)
+        profile = find_profile(config.checkpoint, config.profile)
+        levels = [level.settings() for level in profile.levels] if profile is not None else []
+        reserved_bytes = graph_bytes(config, levels) if use_graphs else 0
+        self.num_blocks = num_kv_blocks(config, self.model, self.max_model_len, reserved_bytes)
         # Graphs need a block that no sequence has.
         self.kv_cache = KVCache(
             self.model.config,
@@ -81,23 +75,22 @@ class ModelRunner:
         )
         self._layer_thresholds: dict[int, LayerThresholds] = {}
         self.apply(Settings())
-        profile = find_profile(config.checkpoint, config.profile)
         self.set_layer_thresholds(profile.layer_thresholds if profile is not None else {})
-        #: Decode steps as CUDA graphs; None: every step is launched kernel by kernel.
+        #: Steps as CUDA graphs; None: every step is launched kernel by kernel.
         self.graphs = self.make_graphs(config, cuda_graphs()) if use_graphs else None
         if self.device.type != "cpu":
-            self._warm_up(config, [level.settings() for level in profile.levels] if profile is not None else [])
+            warm_up(self, config, levels)
         if self.device.type == "cpu":
-            from backend.kernels.cpu.warm_up import warm_up
+            from backend.kernels.cpu.warm_up import warm_up as load_kernels
 
-            warm_up(self.model.dtype)  # loads machine code, or compiles it: not in the middle of a request
+            load_kernels(self.model.dtype)  # loads machine code, or compiles it: not in the middle of a request
         log.info(
             "model on %s: weights %.2f GiB, united experts %.2f GiB (ways: %s), KV cache %.2f GiB (%d blocks of %d tokens), context %d tokens",
             self.device,
             self.model.weight_bytes() / 2**30,
             self.model.united_bytes() / 2**30,
             ", ".join(map(str, self.model.ways)) or "none",
-            self.num_blocks * self._block_bytes(config) / 2**30,
+            self.num_blocks * block_bytes(config, self.model) / 2**30,
             self.num_blocks,
             config.block_size,
             self.max_model_len,
@@ -121,72 +114,11 @@ class ModelRunner:
             raise ConfigError(f"parameter max_model_len must be at most the checkpoint's {limit}, got {length}")
         return length
 
-    @torch.inference_mode()
-    def _warm_up(self, config: EngineConfig, levels: Sequence[Settings]) -> None:
-        """Run prefill steps of several sizes, single tokens in contexts of several lengths, capture the decode steps, and sample.
-
-        Kernels are compiled here and not in the middle of a request, those of all `levels` of brownout too, and if the memory
-        does not suffice, that shows now.
-        """
-        most = min(config.max_batch_tokens, self.num_blocks * self.block_size)
-        done = set()
-        for settings in (Settings(), *levels):
-            try:
-                self.apply(settings)
-            except ConfigError:
-                continue  # whoever asks for this level will be told what is lacking
-            if self.model.variant in done:
-                continue
-            done.add(self.model.variant)
-            for tokens in sorted({min(most, size) for size in (*_WARM_UP_TOKENS, most)}, reverse=True):
-                self.model.forward(self._prompts(tokens), self.kv_cache)
-            for length in _doubling(_WARM_UP_CONTEXT, self.max_model_len):
-                self.model.forward(self._last_token(length), self.kv_cache)
-            if self.graphs is not None:
-                self.graphs.capture_all(self.model.variant)
-        self.apply(Settings())
-        rows = min(config.max_running, config.max_batch_tokens)
-        logits = torch.zeros(rows, self.model.config.vocab_size, device=self.device)
-        sample(logits, [SampleRow(SamplingParams(top_p=0.9), seed=0, position=0)] * rows)
-        self.forget_steps()
-        for part in (*self.kv_cache.k, *self.kv_cache.v):
-            part.zero_()
-
     def forget_steps(self) -> None:
         """Have no last step and count none: those so far were for no request."""
         self.model.forget_step()
         if self.model.pool is not None:
             self.model.pool.forget_counts()
-
-    def _prompts(self, num_tokens: int) -> ForwardBatch:
-        """A step that computes prompts of `num_tokens` tokens in all, in the first blocks."""
-        most = self.max_model_len // self.block_size * self.block_size or num_tokens
-        schedule, block = Schedule(), 0
-        for start in range(0, num_tokens, most):
-            length = min(most, num_tokens - start)
-            sequence = Request("warm-up", [0] * length, SamplingParams()).sequences[0]
-            needed = -(-length // self.block_size)
-            sequence.blocks.extend(range(block, block + needed))
-            block += needed
-            schedule.sequences.append(sequence)
-            schedule.num_tokens.append(length)
-        # Sequences of one token come first; here that can only be the last one.
-        if schedule.num_tokens[-1] == 1:
-            for entries in (schedule.sequences, schedule.num_tokens):
-                entries.insert(0, entries.pop())
-            schedule.num_decodes = 1
-        return build_batch(schedule, self.block_size, self.device)
-
-    def _last_token(self, length: int) -> ForwardBatch:
-        """A step that computes the last token of one sequence, as it stands beside prompts in a step."""
-        sequence = Request("warm-up", [0] * length, SamplingParams()).sequences[0]
-        sequence.num_computed = length - 1
-        sequence.blocks.extend(range(-(-length // self.block_size)))
-        schedule = Schedule()
-        schedule.sequences.append(sequence)
-        schedule.num_tokens.append(1)
-        schedule.num_decodes = 1
-        return build_batch(schedule, self.block_size, self.device)
 
     def close(self) -> None:
         """End the expert workers, if there are any."""
@@ -249,22 +181,29 @@ class ModelRunner:
         hold until the next call.
         """
         batch = self.batches.build(schedule, previous)
-        replays = self.graphs is not None and self.graphs.accepts(batch)
+        graphs = self.graphs
+        bucket = graphs.bucket_of(batch) if graphs is not None else None
         if (pool := self.model.pool) is not None:
             # A captured step cannot wait for weights.
-            replays = replays and not pool.always_waits and not any(s.never_browned for s in schedule.sequences)
-            pool.between_steps(captured=replays)
-        if replays:
-            assert self.graphs is not None
-            return self.graphs.run(batch, self.model.variant)
-        return self.model.forward(batch, self.kv_cache)
+            if pool.always_waits or any(sequence.never_browned for sequence in schedule.sequences):
+                bucket = None
+            pool.between_steps(captured=bucket is not None)
+        if graphs is None or bucket is None:
+            return self.model.forward(batch, self.kv_cache)
+        return graphs.run(batch, bucket, self.model.variant)
 
-    def make_graphs(self, config: EngineConfig, new_graph: Callable[[], Graph]) -> DecodeGraphs:
-        """Graphs of this model's decode steps, not captured yet; the KV cache's last block is theirs."""
-        return DecodeGraphs(
+    def make_graphs(self, config: EngineConfig, new_graph: Callable[[], Graph]) -> StepGraphs:
+        """Graphs of this model's steps, not captured yet; the KV cache's last block is theirs."""
+        model = self.model.config
+        # Other attention backends, and experts that are waited for, are not made for prompts in graphs.
+        mixed = config.attention_backend in ("auto", "triton") and self.model.pool is None
+        group, size = model.num_heads // model.num_kv_heads, self.model.activation_dtype.itemsize
+        return StepGraphs(
             lambda batch, logits: self.model.forward(batch, self.kv_cache, logits),
-            vocab_size=self.model.config.vocab_size,
+            vocab_size=model.vocab_size,
             max_rows=min(config.max_running, config.max_batch_tokens),
+            max_tokens=config.max_batch_tokens,
+            tile_queries=tile_queries(group, size) if mixed else None,
             max_blocks=-(-self.max_model_len // config.block_size),
             block_size=config.block_size,
             spare_block=self.kv_cache.num_blocks - 1,
@@ -274,52 +213,15 @@ class ModelRunner:
             new_graph=new_graph,
         )
 
-    def copy_replaced(self) -> HostCopy:
-        """Of the step just launched: each token's assignments, over all layers, that their own experts do not serve."""
+    @property
+    def replaced(self) -> torch.Tensor:
+        """[T] int32, of each token of the step just launched the assignments, over all layers, that others serve."""
         assert self.model.last_replaced is not None
-        return HostCopy(self.model.last_replaced)
-
-    def replaced_assignments(self, schedule: Schedule, replaced: HostCopy) -> list[int]:
-        """The sums of `copy_replaced` after the step of `schedule`, sequence by sequence. Waits for the device."""
-        starts = np.cumsum([0, *schedule.num_tokens[:-1]])
-        return np.add.reduceat(replaced.numpy(), starts).tolist()
-
-    def _block_bytes(self, config: EngineConfig) -> int:
-        return KVCache.block_bytes(self.model.config, config.block_size, self.model.dtype)
-
-    def _num_blocks(self, config: EngineConfig) -> int:
-        least = -(-self.max_model_len // config.block_size)
-        if config.kv_cache_blocks is not None:
-            name, blocks = "kv_cache_blocks", config.kv_cache_blocks
-        else:
-            name = "kv_cache_memory"
-            memory = config.kv_cache_memory
-            if memory is None:
-                memory = min(self._memory_limit(), config.max_running * least * self._block_bytes(config))
-            blocks = memory // self._block_bytes(config)
-        if blocks < least:
-            raise ConfigError(
-                f"parameter {name} gives {blocks} KV blocks of {config.block_size} tokens, but one sequence of max_model_len "
-                f"{self.max_model_len} needs {least} ({least * self._block_bytes(config)} bytes): raise {name} or lower "
-                "max_model_len"
-            )
-        return blocks
-
-    def _memory_limit(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what loading has left over
-            free, _ = torch.cuda.mem_get_info(self.device)
-            return int(free * _GPU_FREE_SHARE)
-        return _CPU_KV_LIMIT_BYTES
-
-
-def _doubling(first: int, last: int) -> list[int]:
-    """first, 2 * first, … below `last`, and `last`."""
-    return [*(first << i for i in range(64) if first << i < last), last]
+        return self.model.last_replaced
 
 
 def resolve_cuda_graphs(setting: str, device: torch.device) -> bool:
-    """Whether decode steps are replayed as CUDA graphs, from the `cuda_graphs` parameter."""
+    """Whether steps are replayed as CUDA graphs, from the `cuda_graphs` parameter."""
     possible = device.type == "cuda" and has_triton()
     if setting == "on" and not possible:
         lacking = "a CUDA device" if device.type != "cuda" else "the package triton"

@@ -7,8 +7,8 @@ ties are resolved the same way whatever the batch looks like.
 
 A vocabulary of 150 000 is made cheap by reducing rows to the maxima of chunks first: a greedy row looks into its best
 chunk only, and its K best tokens lie in its K best chunks. Rows are grouped by what they need and computed in tiles
-that stay in the processor's cache; everything comes back to the host in one copy, which is begun at once and read later,
-so that the host can prepare the next step meanwhile.
+that stay in the processor's cache; everything comes back to the host in one copy, which the caller begins at once and reads
+later, so that the host can prepare the next step meanwhile.
 
 Letters in shape comments: R rows, G rows of one tile, V vocabulary, C chunks of a row, K candidates of a row.
 """
@@ -67,7 +67,10 @@ class Sampled:
 
 
 class Sampling:
-    """Tokens that are being chosen: `tokens` [R] int64 on the logits' device (-1: an error), the rest on its way to the host."""
+    """Tokens that are being chosen: `tokens` [R] int64 (-1: an error), and in `packed` all that `results` reads on the host.
+
+    Both are on the logits' device.
+    """
 
     def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
         """Begin to choose one token per row; see `sample`."""
@@ -91,11 +94,11 @@ class Sampling:
         reported = [i for i, row in enumerate(rows) if row.need_logprob or row.params.logprobs is not None]
         self._reported = list(_tiles(reported, logits)) if reported else []
         packed = [_report(_take(logits, tile), tokens, tile, rows) for tile in self._reported]
-        self._copy = HostCopy(torch.cat([tokens.double(), *packed]) if reported else tokens)
+        self.packed = torch.cat([tokens.double(), *packed]) if reported else tokens
 
-    def results(self) -> list[Sampled]:
-        """Waits for the device."""
-        numbers = iter(self._copy.numpy().tolist())
+    def results(self, packed: np.ndarray) -> list[Sampled]:
+        """From the values of `packed`."""
+        numbers = iter(packed.tolist())
         results = [_sampled(int(token)) for token in islice(numbers, len(self._rows))]
         for tile in self._reported:
             _fill(results, tile, self._rows, numbers, self._vocab)
@@ -109,7 +112,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         logits: [R, V] float32 on any device; not modified.
         rows: R descriptions.
     """
-    return Sampling(logits, rows).results()
+    sampling = Sampling(logits, rows)
+    return sampling.results(*HostCopy(logits.device, sampling.packed).numpy())
 
 
 def uniform(seed: int, position: int) -> float:
@@ -168,6 +172,9 @@ def _sampled(token: int) -> Sampled:
 
 def _choose(kind: int, x: Tensor, rows: list[SampleRow]) -> Tensor:
     """[G] token ids for [G, V] processed logits; -1 for rows that are not finite."""
+    if kind == _GREEDY and x.device.type != "cpu":
+        best, tokens = x.max(-1, keepdim=True)  # the first among equals; one launch
+        return torch.where(best.isfinite(), tokens, -1).squeeze(-1)
     maxima = _chunked(x, torch.amax)  # [G, C]
     best = maxima.amax(-1, keepdim=True)  # [G, 1], NaN if the row has one
     if kind == _GREEDY:

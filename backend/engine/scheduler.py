@@ -27,7 +27,8 @@ class Schedule:
     partial: list[int] = field(default_factory=list)
     #: Sequences that had no blocks before this step: nothing that is known of their earlier ones holds.
     admitted: list[Sequence] = field(default_factory=list)
-    #: If this was made before the step before it was done: for each sequence the row of that step's tokens that is its input.
+    #: If this was made before the step before it was done: for each of the first sequences, the row of that step's tokens
+    #: that is its input. The input of the others is known.
     previous_rows: list[int] | None = None
 
     def __bool__(self) -> bool:
@@ -40,9 +41,9 @@ class Schedule:
         return [sequence for entry, sequence in enumerate(self.sequences) if entry not in self.partial]
 
     def unfinished(self) -> Schedule:
-        """What is left of a step made ahead, of one token each, once the tokens before it are known."""
-        sequences = [sequence for sequence in self.sequences if not sequence.finished]
-        return Schedule(sequences, [1] * len(sequences), len(sequences))
+        """What is left of a step made ahead once the tokens before it are known."""
+        left = [entry for entry, sequence in enumerate(self.sequences) if not sequence.finished]
+        return Schedule([self.sequences[entry] for entry in left], [self.num_tokens[entry] for entry in left])
 
 
 class Scheduler:
@@ -98,6 +99,36 @@ class Scheduler:
             # Preemption takes sequences from the end, so it never takes one that this loop has passed; it takes all blocks.
             if num_known <= len(blocks) * block_size or (blocks and self._grow(sequence)):
                 (decodes if num_known - sequence.num_computed == 1 else prefills).append(sequence)
+        # Admitting in a step that had to preempt would hand the same blocks back and forth.
+        room = self.num_free if num_preemptions == self.num_preemptions else 0
+        return self._with_chunks(decodes, prefills, room)
+
+    def schedule_ahead(self, ready: list[Sequence], ends: Callable[[Sequence], bool]) -> Schedule | None:
+        """The step after one that is booked, but whose tokens are not known yet.
+
+        Args:
+            ready: Sequences that get a token from that step, in the order of the tokens.
+            ends: Whether a sequence ends with that token, whatever it is.
+
+        Returns:
+            What `schedule` would choose if no other sequence ended; None where there is nothing to do or a sequence would
+            have to be preempted.
+        """
+        rows = {sequence: row for row, sequence in enumerate(ready) if not sequence.finished}
+        decodes = [sequence for sequence in self.running if sequence in rows and not ends(sequence)]
+        full = [s for s in decodes if s.num_computed == len(s.blocks) * self.blocks.block_size]
+        if len(full) > self.blocks.num_available:
+            return None
+        for sequence, block in zip(full, self.blocks.allocate(len(full)), strict=True):
+            sequence.blocks.append(block)
+        prefills = [sequence for sequence in self.running if sequence not in rows]
+        previous_rows = [rows[sequence] for sequence in decodes]
+        work = self._with_chunks(decodes, prefills, self.max_running - len(decodes) - len(prefills))
+        work.previous_rows = previous_rows
+        return work or None
+
+    def _with_chunks(self, decodes: list[Sequence], prefills: list[Sequence], room: int) -> Schedule:
+        """One token of each of `decodes`, and of `prefills` and at most `room` new sequences what the budget has left."""
         budget = self.max_batch_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
         admitted: list[Sequence] = []
@@ -107,8 +138,7 @@ class Scheduler:
                 break
             budget -= count
             chunks.append((sequence, count))
-        # Admitting in a step that had to preempt would hand the same blocks back and forth.
-        while budget > 0 and num_preemptions == self.num_preemptions and (sequence := self._admit()) is not None:
+        while budget > 0 and len(admitted) < room and (sequence := self._admit()) is not None:
             count = min(len(sequence.tokens) - sequence.num_computed, budget)
             budget -= count
             chunks.append((sequence, count))
@@ -122,30 +152,6 @@ class Scheduler:
             work.sequences.append(sequence)
             work.num_tokens.append(count)
         return work
-
-    def schedule_ahead(self, ready: list[Sequence], ends: Callable[[Sequence], bool]) -> Schedule | None:
-        """The step after one that is booked, but whose tokens are not known yet.
-
-        Args:
-            ready: Sequences that get a token from that step, in the order of the tokens.
-            ends: Whether a sequence ends with that token, whatever it is.
-
-        Returns:
-            One more token for each of them, or None where `schedule` could do more: admit, go on with a prefill, preempt.
-        """
-        rows = {sequence: row for row, sequence in enumerate(ready) if not sequence.finished}
-        if len(rows) != len(self.running) or any(sequence not in rows for sequence in self.running):
-            return None
-        sequences = [sequence for sequence in self.running if not ends(sequence)]
-        if not sequences or (self._waiting.first() is not None and len(sequences) < self.max_running):
-            return None
-        full = [s for s in sequences if s.num_computed == len(s.blocks) * self.blocks.block_size]
-        if len(full) > self.blocks.num_available:
-            return None
-        for sequence, block in zip(full, self.blocks.allocate(len(full)), strict=True):
-            sequence.blocks.append(block)
-        previous_rows = [rows[sequence] for sequence in sequences]
-        return Schedule(sequences, [1] * len(sequences), len(sequences), previous_rows=previous_rows)
 
     def computed(self, schedule: Schedule, pristine: Iterable[bool] | None = None) -> None:
         """Book a step as computed and publish the blocks that are now full. All tokens that go into it are known.
@@ -172,9 +178,9 @@ class Scheduler:
         sequence.num_published = num_full
 
     def _admit(self) -> Sequence | None:
-        """Move the first waiting sequence to running if there is room for all its known tokens."""
+        """Move the first waiting sequence to running if there are blocks for all its known tokens."""
         first = self._waiting.first()
-        if first is None or len(self.running) >= self.max_running:
+        if first is None:
             return None
         sequence: Sequence = first[1]
         size = self.blocks.block_size

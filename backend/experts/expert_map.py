@@ -31,7 +31,8 @@ class ExpertMap:
         self.expert_slots[self.num_resident :] = MISSING
         #: [E] int64, slot of the united expert of each expert's group, in the way that is in use; experts of one group have
         #: the same. Without a way in use every expert is alone in its group, so that none is ever replaced.
-        self.united_slots: Tensor = torch.arange(num_experts, device=device)
+        self._alone = torch.arange(num_experts, device=device)
+        self.united_slots = self._alone.clone()
         self._united_slots_of_way: dict[int, Tensor] = {}
 
     def assign(self, expert_slots: Sequence[int]) -> None:
@@ -57,5 +58,4 @@ class ExpertMap:
 
     def use_way(self, way: int) -> None:
         """From the next step on, replaced experts are served by the united experts of this way; 0: by none."""
-        slots = self._united_slots_of_way[way] if way else torch.arange(self.num_experts)
-        self.united_slots.copy_(slots)
+        self.united_slots.copy_(self._united_slots_of_way[way] if way else self._alone)

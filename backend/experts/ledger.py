@@ -6,14 +6,10 @@ however many layers and experts there are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from backend.experts.expert_map import MISSING
-
-if TYPE_CHECKING:
-    from backend.experts.resident import ExpertTelemetry
+from backend.experts.telemetry import ExpertTelemetry
 
 #: Weight of the past at each step in what is expected.
 _DECAY = 0.9

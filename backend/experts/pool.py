@@ -37,3 +37,11 @@ class LocalExperts:
         """See ExpertPool."""
         experts = self._weights
         return self._kernels.grouped_experts_forward(hidden, experts.w13, experts.w2, slots, weights, experts.scales)
+
+    def forward_add_norm(
+        self, hidden: Tensor, slots: Tensor, weights: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> Tensor:
+        """Add `forward` to `residual` [T, M] in place; returns the RMSNorm of the sum."""
+        experts = self._weights
+        then = (residual, norm_weight, eps, experts.scales)
+        return self._kernels.experts_add_rms_norm(hidden, experts.w13, experts.w2, slots, weights, *then)

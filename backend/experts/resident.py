@@ -16,21 +16,21 @@ what is fetched at once is bounded.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backend.elastic.functions import FunctionTelemetry
-from backend.elastic.predictor import LoadPredictor
 from backend.experts.expert_map import ExpertMap
 from backend.experts.ledger import Ledger
 from backend.experts.mover import Mover
-from backend.experts.resident_layer import ResidentExperts, Source
-from backend.experts.weight_store import ExpertWeights
+from backend.experts.resident_layer import ResidentExperts
+from backend.experts.telemetry import ExpertTelemetry
+from backend.experts.weight_store import ExpertWeights, Source
 
 #: Share of all layers' slots that past loads may have refilled in one step.
 _REFILL_STEP = 1 / 32
@@ -41,33 +41,15 @@ _TURNS = 8
 _ROWS = 128
 
 
-@dataclass
-class ExpertTelemetry(FunctionTelemetry):
-    """Totals since the start, over all layers. A resident pool pays for all slots in use; no pool lets idle copies expire."""
+class Predictor(Protocol):
+    """Tells from what a layer sees which experts a later one will need; layers are counted among those with experts."""
 
-    #: Share of the experts that can serve now.
-    resident_share: float = 1.0
-    #: Assignments whose own expert was missing and which others served.
-    misses: int = 0
-    #: Layers of steps that waited for weights, and how long in all.
-    stalls: int = 0
-    stall_s: float = 0.0
-    #: Experts fetched ahead; those of them that were then used before they had to go.
-    prefetches: int = 0
-    prefetch_hits: int = 0
-    #: Bytes copied into slots since the model was loaded.
-    bytes_moved: int = 0
-    #: Assignments in all.
-    assignments: int = 0
-    #: Workers that take part now; workers that were lost or too slow and had others take their place.
-    workers: int = 0
-    workers_lost: int = 0
-    workers_relieved: int = 0
-    #: Layers of steps of which a part was done again, and changes of what the workers hold.
-    redone: int = 0
-    plan_changes: int = 0
-    #: Bytes of tokens and results sent to workers and received.
-    bytes_exchanged: int = 0
+    @property
+    def pairs(self) -> Collection[tuple[int, int]]:
+        """Layers that it can tell of, each with how many layers before them it looks."""
+
+    def loads(self, hidden: Tensor, layer: int, distance: int) -> Tensor:
+        """Expected assignments [E] in `layer` of tokens that come to the layer `distance` before it as `hidden` [T, M]."""
 
 
 class ResidentPool:
@@ -80,7 +62,7 @@ class ResidentPool:
         mover: Mover,
         kernels: ModuleType,
         waits: Sequence[bool],
-        predictor: LoadPredictor | None,
+        predictor: Predictor | None,
         prefetch: bool,
         num_layers: int,
     ) -> None:
@@ -98,7 +80,7 @@ class ResidentPool:
         self._counted_at_s = time.monotonic()
         #: Distance at which each layer is predicted within the step; layers without are fetched for between steps.
         distances: dict[int, int] = {}
-        for layer, distance in sorted(predictor.weights if predictor else (), reverse=True):
+        for layer, distance in sorted(predictor.pairs if predictor else (), reverse=True):
             distances[layer] = distance  # the least one wins: it sees most
         self._predicted = set(distances)
         #: Layers that are predicted when a layer runs, with the distance.

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from backend.experts.expert_map import MISSING, ExpertMap
 from backend.experts.mover import Move
-from backend.experts.weight_store import ExpertWeights
+from backend.experts.weight_store import ExpertWeights, Source
 
 if TYPE_CHECKING:
     from backend.experts.resident import ResidentPool
 
 log = logging.getLogger(__name__)
 
-#: gate [I, M], up [I, M], down [M, I] of one expert, wherever they lie.
-Source = tuple[Tensor, Tensor, Tensor]
 #: Share of a layer's slots that may be refilled at once; the rest goes on serving.
 _REFILL = 1 / 8
 

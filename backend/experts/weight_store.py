@@ -12,6 +12,8 @@ from torch import Tensor
 
 _LIBC = ctypes.CDLL(None)
 LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
+#: gate [I, M], up [I, M], down [M, I] of one expert, wherever they lie.
+Source = tuple[Tensor, Tensor, Tensor]
 
 
 class ExpertWeights:

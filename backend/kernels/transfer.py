@@ -15,22 +15,24 @@ _PINNED_BYTES = 2**30
 
 
 class HostCopy:
-    """A tensor on its way to the host: begun now, in the order of the device's work; read when it is needed."""
+    """Tensors of one device on their way to the host: begun now, in the order of the device's work; read when they are needed."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, device: torch.device, *tensors: Tensor) -> None:
+        """Without tensors there is only the wait for the device."""
         self._event = None
-        self._host = tensor
-        if tensor.device.type == "cuda":
-            self._host = host_buffer(tensor.shape, tensor.dtype)
-            self._host.copy_(tensor, non_blocking=True)
+        self._host = tensors
+        if device.type == "cuda":
+            self._host = tuple(host_buffer(tensor.shape, tensor.dtype) for tensor in tensors)
+            for host, tensor in zip(self._host, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def numpy(self) -> np.ndarray:
-        """The values; waits until the device has come to the copy."""
+    def numpy(self) -> list[np.ndarray]:
+        """The values; waits, once for all of them, until the device has come to the copies."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.numpy()
+        return [host.numpy() for host in self._host]
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -87,6 +87,10 @@ class Attention:
 
         The first `num_decodes` sequences have one query each, the rest are prefill chunks.
         """
+        if batch.tiles is not None:
+            return self.kernels.mixed_attention(
+                q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.tiles, self.scale, self.window
+            )
         n, parts = batch.num_decodes, []
         if n:
             tables, lens = batch.block_tables[:n], batch.context_lens[:n]

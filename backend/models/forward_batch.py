@@ -28,3 +28,6 @@ class ForwardBatch:
     query_lens: list[int]  # [S]
     context_lens_host: list[int]  # [S]
     num_tokens: Tensor | None = None  # [] int32, rows from here on are padding; None: there are none
+    #: [W, 4] int32 of a step whose makeup only the device knows: prompts as `query_tiles`; `context_lens` is then 0 for
+    #: sequences with prompts, and `num_decodes` and the host's copies mean nothing. None: of any other step.
+    tiles: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from backend.brownout.settings import TOKEN_CLASSES
 from backend.elastic.worker_pool import WorkerPool
 from backend.experts.resident import ResidentPool
 from backend.kernels import kernels_for
+from backend.kernels.transfer import to_device
 from backend.models.attention import Attention, KVCache
 from backend.models.config import ModelConfig
 from backend.models.forward_batch import ForwardBatch
@@ -51,11 +53,26 @@ class DecoderLayer:
         if self.mlp is not None:
             yield from self.mlp.weights(f"{prefix}.mlp")
 
-    def feed_forward(
-        self, x: Tensor, token_class: Tensor, replaced: Tensor | None = None, num_tokens: Tensor | None = None
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        angles: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+        kv: tuple[Tensor, Tensor],
+        replaced: Tensor,
+        next_norm: RMSNorm,
     ) -> Tensor:
+        """x [T, M], the normed `residual` [T, M] -> `next_norm` of the residual, to which this layer is added in place."""
+        x = self.post_attention_norm.after_add(self.attention(x, angles, batch, kv), residual)
         if self.moe is not None:
-            return self.moe(x, token_class, replaced, num_tokens)
+            return self.moe.add_to(residual, x, batch.token_class, replaced, batch.num_tokens, next_norm)
+        return next_norm.after_add(self.feed_forward(x, batch.token_class), residual)
+
+    def feed_forward(self, x: Tensor, token_class: Tensor, replaced: Tensor | None = None) -> Tensor:
+        """What follows attention and its norm: x [T, M] -> [T, M]."""
+        if self.moe is not None:
+            return self.moe(x, token_class, replaced)
         assert self.mlp is not None
         return self.mlp(x)
 
@@ -177,9 +194,10 @@ class MoeModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def set_thresholds(self, table: Sequence[Sequence[float]] | Tensor) -> None:
+    def set_thresholds(self, table: Sequence[Sequence[float]]) -> None:
         """Replace the thresholds [layers, classes] in place; they act from the next forward on."""
-        self.thresholds.copy_(torch.as_tensor(table, dtype=torch.float32))
+        values = np.array(table, np.float32)
+        self.thresholds.copy_(to_device([values], self.device)[0])
 
     def set_replacement(self, mechanism: str, ranking: str, way: int, similarity_min: float) -> None:
         """How experts are replaced from the next forward on; `way` is one of `ways`, or 0 for no united experts."""
@@ -194,14 +212,15 @@ class MoeModel:
         Zeros before the first step. Reads the device, once, so it is for occasional telemetry.
         """
         layers = [block.last_slots for block in self.moe_blocks if block.last_slots is not None]
-        if not layers:
+        if not layers or self.last_replaced is None:
             return [0] * len(self.moe_blocks), 0.0
-        slots = torch.stack(layers).flatten(1)  # [layers, T * K]
+        num_tokens = len(self.last_replaced)  # a graph's slots have rows of padding after them
+        slots = torch.stack([rows[:num_tokens] for rows in layers]).flatten(1)  # [layers, T * K]
         # Experts that a step waits for have numbers beyond the slots; the first place is that of skipped assignments.
         most = max(block.expert_map.num_slots for block in self.moe_blocks) + self.config.num_experts
         in_use = slots.new_zeros(len(layers), most + 1).scatter_(1, slots + 1, 1)
         *active, served = torch.cat([in_use[:, 1:].sum(1), (slots >= 0).sum().view(1)]).tolist()
-        return active, served / (len(layers) * len(layers[0]))
+        return active, served / (len(layers) * num_tokens)
 
     @property
     def variant(self) -> tuple[str, str]:
@@ -213,9 +232,10 @@ class MoeModel:
         left = [*(block.last_slots for block in self.moe_blocks), self.last_replaced]
         return [tensor for tensor in left if tensor is not None]
 
-    def set_step_record(self, record: Sequence[Tensor]) -> None:
-        """Take over what an earlier forward left, whose captured graph has just been replayed."""
-        *slots, self.last_replaced = record
+    def set_step_record(self, record: Sequence[Tensor], num_tokens: int) -> None:
+        """Take over what an earlier forward left, whose captured graph has just been replayed; later rows are padding."""
+        *slots, replaced = record
+        self.last_replaced = replaced[:num_tokens]
         for block, of_block in zip(self.moe_blocks, slots, strict=True):
             block.last_slots = of_block
 
@@ -235,14 +255,8 @@ class MoeModel:
         residual = F.embedding(batch.token_ids, self.embedding).to(self.activation_dtype)
         x = self.layers[0].input_norm(residual)
         replaced = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-        for i, layer in enumerate(self.layers):
-            if i:
-                x = layer.input_norm.after_add(x, residual)
-            x = layer.attention(x, angles, batch, (kv_cache.k[i], kv_cache.v[i]))
-            x = layer.post_attention_norm.after_add(x, residual)
-            x = layer.feed_forward(x, batch.token_class, replaced, batch.num_tokens)
+        next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        for layer, next_norm, *kv in zip(self.layers, next_norms, kv_cache.k, kv_cache.v, strict=True):
+            x = layer(x, residual, angles, batch, (kv[0], kv[1]), replaced, next_norm)
         self.last_replaced = replaced
-        rows = batch.logit_rows
-        x = self.final_norm.after_add(x[rows], residual[rows])
-        out = self.kernels.linear(x, self.lm_head)
-        return out.float() if logits is None else logits.copy_(out)
+        return self.kernels.output_logits(x[batch.logit_rows], self.lm_head, logits)

@@ -12,8 +12,9 @@ from backend.experts.expert_map import ExpertMap
 from backend.experts.pool import ExpertPool, LocalExperts
 from backend.experts.weight_store import ExpertWeights
 from backend.kernels.reference.remap import BY_TOKEN
+from backend.kernels.reference.shared_slots import SharedSlots
 from backend.models.config import ModelConfig
-from backend.models.layers import Backing, GatedMLP, Linear, NamedWeight
+from backend.models.layers import Backing, GatedMLP, Linear, NamedWeight, RMSNorm
 
 #: Rows up to which a folded shared expert runs as slots: then launches matter. Many rows belong to plain matrix products.
 FOLDED_ROWS = 256
@@ -149,16 +150,45 @@ class MoeBlock:
 
         Rows from `num_tokens` on are padding.
         """
+        slots, weights = self._choose(x, token_class, replaced, num_tokens)
+        return self._outputs(x, slots, weights)
+
+    def add_to(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        token_class: Tensor,
+        replaced: Tensor,
+        num_tokens: Tensor | None,
+        next_norm: RMSNorm,
+    ) -> Tensor:
+        """Add what a call returns to `residual` [T, M] in place; returns `next_norm` of the sum."""
+        slots, weights = self._choose(x, token_class, replaced, num_tokens)
+        if isinstance(self.pool, LocalExperts) and not self._shared_is_dense(len(x)):
+            return self.pool.forward_add_norm(x, slots, weights, residual, next_norm.weight, next_norm.eps)
+        return next_norm.after_add(self._outputs(x, slots, weights), residual)
+
+    def _shared_is_dense(self, num_rows: int) -> bool:
+        """Whether there is a shared expert that is computed beside the slots and not as some of them."""
+        return self.shared_expert is not None and (self.shared_slots is None or num_rows > FOLDED_ROWS)
+
+    def _choose(
+        self, x: Tensor, token_class: Tensor, replaced: Tensor | None, num_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Slots and weights of each token, those of a folded shared expert included."""
         experts, weights = self.kernels.route(x, self.router, self.router_bias, self.top_k, self.renormalize)
         self.pool.admit(x, experts, token_class, num_tokens)
-        slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens)
-        self.last_slots = slots
-        folded = self.shared_slots if len(x) <= FOLDED_ROWS else None
-        if folded is not None and self.shared_gate is not None:
-            gate, count = self.shared_gate.weight, self.num_shared_slots
-            slots, weights = self.kernels.add_shared_slots(x, gate, slots, weights, folded.start, count, num_tokens)
+        shared = None
+        if self.shared_slots is not None and self.shared_gate is not None and len(x) <= FOLDED_ROWS:
+            shared = SharedSlots(x, self.shared_gate.weight, self.shared_slots.start, self.num_shared_slots)
+        slots, weights = self._remap(x, experts, weights, token_class, replaced, num_tokens, shared)
+        self.last_slots = slots[:, : self.top_k]
+        return slots, weights
+
+    def _outputs(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         out = self.pool.forward(x, slots, weights)
-        if folded is None and self.shared_expert is not None and self.shared_gate is not None:
+        if self._shared_is_dense(len(x)):
+            assert self.shared_expert is not None and self.shared_gate is not None
             out.addcmul_(torch.sigmoid(self.shared_gate(x)), self.shared_expert(x))
         return out
 
@@ -170,12 +200,13 @@ class MoeBlock:
         token_class: Tensor,
         replaced: Tensor | None,
         num_tokens: Tensor | None,
+        shared: SharedSlots | None,
     ) -> tuple[Tensor, Tensor]:
         how = self.replacement
         tables = (self.expert_map.expert_slots, self.thresholds, token_class)
         if how.mechanism in BY_TOKEN:
             piggyback = how.mechanism == "piggyback"
-            return self.kernels.select_experts(
+            slots, weights = self.kernels.select_experts(
                 experts,
                 weights,
                 *tables,
@@ -184,6 +215,9 @@ class MoeBlock:
                 num_tokens=num_tokens,
                 replaced=replaced,
             )
+            if shared is None:
+                return slots, weights
+            return shared.added_to(slots, weights, num_tokens, self.kernels.add_shared_slots)
         return self.kernels.remap_experts(
             experts,
             weights,
@@ -196,4 +230,5 @@ class MoeBlock:
             renormalize=self.renormalize,
             num_tokens=num_tokens,
             replaced=replaced,
+            shared=shared,
         )

@@ -20,70 +20,27 @@ log = logging.getLogger(__name__)
 FLUSH_PERIOD_S = 1.0
 MAX_ITL_OBSERVATIONS = 100
 
-_TTFT_BUCKETS = [
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    32.0,
-]
-_ITL_BUCKETS = [
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.5,
-    1.0,
-    2.0,
-]
-_E2E_BUCKETS = [
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.75,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    5.0,
-    7.5,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    60.0,
-    120.0,
-    300.0,
-]
+#: Bounds of the histograms' buckets in seconds.
+_TTFT_BUCKETS = [0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75,
+                 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]  # fmt: skip
+_ITL_BUCKETS = [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
+                1.0, 2.0]  # fmt: skip
+_E2E_BUCKETS = [0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0,
+                60.0, 120.0, 300.0]  # fmt: skip
+#: Name, description, buckets.
+_HISTOGRAMS = {
+    "ttft": (
+        "moe_time_to_first_token_seconds",
+        "Arrival of a streaming request to its first response",
+        _TTFT_BUCKETS,
+    ),
+    "itl": (
+        "moe_inter_token_latency_seconds",
+        "Gap between responses divided by their tokens; evenly sampled above 100 tokens/s",
+        _ITL_BUCKETS,
+    ),
+    "e2e": ("moe_e2e_request_latency_seconds", "Arrival of a request to its final response", _E2E_BUCKETS),
+}
 #: By field of ExpertTelemetry.
 _EXPERT_TOTALS = {
     "assignments": ("moe_expert_assignments_total", "Assignments of tokens to experts that the expert pool has booked"),
@@ -114,6 +71,28 @@ _EXPERT_TOTALS = {
     "plan_changes": ("moe_expert_plan_changes_total", "Changes of what expert workers hold"),
     "bytes_exchanged": ("moe_expert_exchanged_bytes_total", "Bytes of tokens and results to and from workers"),
 }
+#: All but histograms, as (kind, name, description).
+_FAMILIES = {
+    "prompt": ("COUNTER", "moe_prompt_tokens_total", "Prompt tokens of completed requests"),
+    "generation": ("COUNTER", "moe_generation_tokens_total", "Tokens handed to clients"),
+    "requests": ("COUNTER", "moe_requests_total", "Ended requests by outcome"),
+    "preemptions": ("COUNTER", "moe_preemptions_total", "Sequences that gave their KV blocks back"),
+    "prefix_hits": ("COUNTER", "moe_prefix_cache_hits_total", "Prompt tokens found in the prefix cache"),
+    "running": ("GAUGE", "moe_requests_running", "Requests that have produced a token"),
+    "waiting": ("GAUGE", "moe_requests_waiting", "Requests without a token yet"),
+    "kv": ("GAUGE", "moe_kv_cache_usage_ratio", "KV blocks in use / all"),
+    "slots": ("GAUGE", "moe_active_slots", "Weight slots read per MoE layer in the last step"),
+    "united": ("GAUGE", "moe_united_assignment_ratio", "Assignments that united experts served / all, last step"),
+    "resident": ("GAUGE", "moe_resident_expert_ratio", "Experts whose weights are on the device / all"),
+    "functions": (
+        "GAUGE",
+        "moe_expert_functions",
+        "Copies of experts that serve (warm) or are on their way (loading), and experts without either (cold)",
+    ),
+    "workers": ("GAUGE", "moe_expert_workers", "Expert workers that take part"),
+    **{field: ("COUNTER", *words) for field, words in _EXPERT_TOTALS.items()},
+    "threshold": ("GAUGE", "moe_brownout_threshold", "Brownout threshold in force"),
+}
 
 
 class Metrics:
@@ -133,61 +112,19 @@ class Metrics:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._labels = {"model": model, "version": version}
         self._engine_wide = engine_wide
-        kinds = pb_utils.MetricFamily
-
-        def family(name: str, description: str, kind):
-            return kinds(name=name, description=description, kind=kind)
-
+        family = pb_utils.MetricFamily
         # A metric works only as long as its family exists.
-        self._histogram_families = []
-
-        def histogram(name: str, description: str, buckets: list[float]):
-            self._histogram_families.append(family(name, description, kinds.HISTOGRAM))
-            return self._histogram_families[-1].Metric(labels=self._labels, buckets=buckets)
-
+        self._histogram_families = {
+            key: family(name=name, description=description, kind=family.HISTOGRAM)
+            for key, (name, description, _) in _HISTOGRAMS.items()
+        }
         self._histograms = {
-            "ttft": histogram(
-                "moe_time_to_first_token_seconds",
-                "Arrival of a streaming request to its first response",
-                _TTFT_BUCKETS,
-            ),
-            "itl": histogram(
-                "moe_inter_token_latency_seconds",
-                "Gap between responses divided by their tokens; evenly sampled above 100 tokens/s",
-                _ITL_BUCKETS,
-            ),
-            "e2e": histogram(
-                "moe_e2e_request_latency_seconds", "Arrival of a request to its final response", _E2E_BUCKETS
-            ),
+            key: made.Metric(labels=self._labels, buckets=_HISTOGRAMS[key][2])
+            for key, made in self._histogram_families.items()
         }
         self._families = {
-            "prompt": family("moe_prompt_tokens_total", "Prompt tokens of completed requests", kinds.COUNTER),
-            "generation": family("moe_generation_tokens_total", "Tokens handed to clients", kinds.COUNTER),
-            "requests": family("moe_requests_total", "Ended requests by outcome", kinds.COUNTER),
-            "preemptions": family("moe_preemptions_total", "Sequences that gave their KV blocks back", kinds.COUNTER),
-            "prefix_hits": family(
-                "moe_prefix_cache_hits_total", "Prompt tokens found in the prefix cache", kinds.COUNTER
-            ),
-            "running": family("moe_requests_running", "Requests that have produced a token", kinds.GAUGE),
-            "waiting": family("moe_requests_waiting", "Requests without a token yet", kinds.GAUGE),
-            "kv": family("moe_kv_cache_usage_ratio", "KV blocks in use / all", kinds.GAUGE),
-            "slots": family("moe_active_slots", "Weight slots read per MoE layer in the last step", kinds.GAUGE),
-            "united": family(
-                "moe_united_assignment_ratio", "Assignments that united experts served / all, last step", kinds.GAUGE
-            ),
-            "resident": family(
-                "moe_resident_expert_ratio", "Experts whose weights are on the device / all", kinds.GAUGE
-            ),
-            "functions": family(
-                "moe_expert_functions",
-                "Copies of experts that serve (warm) or are on their way (loading), and experts without either (cold)",
-                kinds.GAUGE,
-            ),
-            "workers": family("moe_expert_workers", "Expert workers that take part", kinds.GAUGE),
-            **{
-                field: family(name, description, kinds.COUNTER) for field, (name, description) in _EXPERT_TOTALS.items()
-            },
-            "threshold": family("moe_brownout_threshold", "Brownout threshold in force", kinds.GAUGE),
+            key: family(name=name, description=description, kind=getattr(family, kind))
+            for key, (kind, name, description) in _FAMILIES.items()
         }
         self._metrics: dict[tuple[str, str], object] = {}
         for name in ("prompt", "generation", "running", "waiting"):
@@ -239,19 +176,23 @@ class Metrics:
         self._metric("running").set(sum(s.client_running for s in stats))
         self._metric("waiting").set(sum(s.client_waiting for s in stats))
         if self._engine_wide and stats:
-            self._metric("kv").set(sum(s.kv_usage_ratio for s in stats) / len(stats))
-            self._metric("threshold", phase="prefill").set(stats[0].threshold_prefill)
-            self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
-            self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
-            self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
-            self._metric("resident").set(sum(s.experts["resident_share"] for s in stats) / len(stats))
-            for state in STATES:
-                self._metric("functions", state=state).set(sum(s.experts[state] for s in stats))
-            self._metric("workers").set(sum(s.experts["workers"] for s in stats))
-            for field in _EXPERT_TOTALS:
-                self._raise_to(field, sum(s.experts[field] for s in stats))
-            self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
-            self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
+            self._write_engines(stats)
+
+    def _write_engines(self, stats: list[Stats]) -> None:
+        """The engine-wide metrics: sums over the engines where they count something, else means."""
+        self._metric("kv").set(sum(s.kv_usage_ratio for s in stats) / len(stats))
+        self._metric("threshold", phase="prefill").set(stats[0].threshold_prefill)
+        self._metric("threshold", phase="decode").set(stats[0].threshold_decode)
+        self._metric("slots").set(sum(s.active_slots for s in stats) / len(stats))
+        self._metric("united").set(sum(s.united_share for s in stats) / len(stats))
+        self._metric("resident").set(sum(s.experts["resident_share"] for s in stats) / len(stats))
+        for state in STATES:
+            self._metric("functions", state=state).set(sum(s.experts[state] for s in stats))
+        self._metric("workers").set(sum(s.experts["workers"] for s in stats))
+        for field in _EXPERT_TOTALS:
+            self._raise_to(field, sum(s.experts[field] for s in stats))
+        self._raise_to("preemptions", sum(s.num_preemptions for s in stats))
+        self._raise_to("prefix_hits", sum(s.prefix_hit_tokens for s in stats))
 
     def _run(self) -> None:
         while not self._closed.wait(FLUSH_PERIOD_S):

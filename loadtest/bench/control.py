@@ -73,15 +73,20 @@ def table(result: dict, checkpoint: str) -> Table:
 def run(checkpoint: str, *, dtype: str, device: str, requests: int, changes: int) -> dict:
     """Milliseconds, median and p99 over all changes, of each part and of all from reading to acting."""
     from controller.client import BrownoutClient
+    from controller.config import TOKEN_ENV
 
+    token = os.environ.get(TOKEN_ENV, "")
     settings = {"checkpoint": checkpoint, "dtype": dtype, "device": device}
     env = {ENV_PREFIX + name.upper(): value for name, value in settings.items()}
     parts: dict[str, list[float]] = {}
     with running_server(env=env) as server, _kept_busy(server, requests):
-        client = BrownoutClient(server.grpc, os.environ.get("BROWNOUT_CONTROL_TOKEN", ""))
+        client = BrownoutClient(server.grpc, token)
         law = Predictive(Limits(1.0, 0.1))
         window = Window(law.window_s, law.limits)
-        setters = {"set over gRPC": client.call, "set over HTTP": lambda **values: _set_over_http(server, **values)}
+        setters = {
+            "set over gRPC": client.call,
+            "set over HTTP": lambda **values: _set_over_http(server, token, **values),
+        }
         for number in range(changes + 10):
             setter = list(setters)[number // 2 % 2]
             measured = _turn(client, law, window, setters[setter], _THRESHOLDS[number % 2])
@@ -135,10 +140,9 @@ def _turn(
     }
 
 
-def _set_over_http(server: RunningServer, **values: float | str) -> dict:
+def _set_over_http(server: RunningServer, token: str, **values: float | str) -> dict:
     from controller.client import MODEL
 
-    token = os.environ.get("BROWNOUT_CONTROL_TOKEN")
     body = json.dumps(values | ({"token": token} if token else {})).encode()
     request = urllib.request.Request(f"http://{server.http}/v2/models/{MODEL}/generate", body)
     with urllib.request.urlopen(request, timeout=10) as response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,14 +138,13 @@ def run(
     A peer that fails, or a point that the engine refuses, is reported with the reason and the rest goes on. At least one run is
     measured, further ones while the budget lasts. `write` is called with the growing result, which is returned in the end.
     """
-    budget = budget or Budget()
+    budget, points = budget or Budget(), points or {}
+    on_gpu = is_on_gpu(device)
     with contextlib.ExitStack() as stack:
-        on_gpu = resolve_device(device.partition(",")[0].strip()).type == "cuda"
-        # On a GPU transformers takes our weights as they are.
-        exported = checkpoint.startswith(PREFIX) and any(not on_gpu or spec.python for spec in peers)
-        united, similarity = _for_dummy(checkpoint, [settings, *(points or {}).values()])
+        united, similarity = _for_dummy(checkpoint, [settings, *points.values()])
         loaded = checkpoint
-        if exported:
+        # On a GPU transformers takes our weights as they are.
+        if exported := checkpoint.startswith(PREFIX) and any(not on_gpu or spec.python for spec in peers):
             # Peers read files: seeded weights are written once, and everyone loads them from there.
             loaded, united = _export(checkpoint, united, dtype, stack)
         config = EngineConfig(
@@ -159,49 +158,68 @@ def run(
             **sizes_for(work, on_gpu),
         )
         ours = OurEngine(config)
-        prompts = (
-            _prompts_of(text, work, loaded, ours.engine.vocab_size) if text else work.prompts(ours.engine.vocab_size)
-        )
-        base = AtSettings(ours, settings)
-        result = _described(checkpoint, work, text, settings, config, ours)
+        prompts = _prompts_of(text, work, loaded, ours.engine.vocab_size)
         rounds = Rounds(work, prompts)
-        rounds.engines[OURS] = base
-        for name, point in (points or {}).items():
-            try:
-                rounds.engines[name] = AtSettings(ours, point)
-            except ConfigError as error:
-                rounds.errors[name] = str(error)
+        rounds.engines[OURS] = base = AtSettings(ours, settings)
+        result = _described(checkpoint, work, text, settings, config, ours)
+        _enter_points(rounds, ours, points)
         rounds.round(budget, measured=False)
         # The export and transformers' model are in this process: with them its memory is not ours alone.
         memory = None if exported else ours.memory()
-        for spec in peers:
-            if budget.spent:
-                break
-            try:
-                rounds.engines[spec.name] = _peer(spec, loaded, ours, dtype, work, stack)
-                rounds.warm_up(spec.name)
-            except Exception as error:  # a peer may fail in any way; ours is measured all the same
-                rounds.fail(spec.name, error)
+        _enter_peers(rounds, peers, budget, lambda spec: _peer(spec, loaded, ours, dtype, work, stack))
         for number in range(runs):
             if number and budget.spent:
                 break
             rounds.round(budget)
-            result |= figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points or {}))
+            result |= figures(rounds, base, ours, memory, [spec.name for spec in peers], list(points))
             write(result)
         ours.engine.set_settings(settings)
-        if profile:
-            result["profile"] = ours.profile(prompts, min(work.new_tokens, 32))
-            write(result)
-        if kernel_profile:
-            try:
-                result["decode_kernels"] = ours.decode_kernels(prompts, work.new_tokens)
-            except (RuntimeError, ValueError) as error:  # torch's profiler does not see every device
-                result["decode_kernels_error"] = str(error)
-            write(result)
-        if steps:
-            result["memory_growth"] = ours.growth(work, steps)
+        for further in _further(ours, prompts, work, profile, kernel_profile, steps):
+            result |= further
             write(result)
     return result
+
+
+def _enter_points(rounds: Rounds, ours: OurEngine, points: Mapping[str, Settings]) -> None:
+    """Have further points of our settings measured, but for those that the engine refuses."""
+    for name, point in points.items():
+        try:
+            rounds.engines[name] = AtSettings(ours, point)
+        except ConfigError as error:
+            rounds.fail(name, error)
+
+
+def _enter_peers(rounds: Rounds, peers: Sequence[PeerSpec], budget: Budget, start: Callable[[PeerSpec], Peer]) -> None:
+    """Start the peers and have them measured once they have warmed up, as far as the budget reaches."""
+    for spec in peers:
+        if budget.spent:
+            break
+        try:
+            rounds.engines[spec.name] = start(spec)
+            rounds.warm_up(spec.name)
+        except Exception as error:  # a peer may fail in any way; ours is measured all the same
+            rounds.fail(spec.name, error)
+
+
+def _further(
+    ours: OurEngine,
+    prompts: list[list[int]],
+    work: Workload,
+    profile: bool,
+    kernel_profile: bool,
+    steps: int | None,
+) -> Iterator[dict]:
+    """What is asked for besides the rates, one after the other."""
+    if profile:
+        yield {"profile": ours.profile(prompts, min(work.new_tokens, 32))}
+    if kernel_profile:
+        try:
+            found = {"decode_kernels": ours.decode_kernels(prompts, work.new_tokens)}
+        except (RuntimeError, ValueError) as error:  # torch's profiler does not see every device
+            found = {"decode_kernels_error": str(error)}
+        yield found
+    if steps:
+        yield {"memory_growth": ours.growth(work, steps)}
 
 
 def _export(checkpoint: str, ways: str, dtype: str, stack: contextlib.ExitStack) -> tuple[str, str]:
@@ -236,6 +254,11 @@ def _described(
     }
 
 
+def is_on_gpu(device: str) -> bool:
+    """Whether the parameter `device` names CUDA devices, or one is found for it."""
+    return resolve_device(device.partition(",")[0].strip()).type == "cuda"
+
+
 def sizes_for(work: Workload, on_gpu: bool) -> dict[str, int]:
     """Parameters of an engine that serves this work."""
     return {
@@ -247,7 +270,12 @@ def sizes_for(work: Workload, on_gpu: bool) -> dict[str, int]:
 
 
 def _prompts_of(text: Sequence[Path], work: Workload, checkpoint: str, vocab_size: int) -> list[list[int]]:
-    """Stretches of the texts, drawn evenly from them, short texts end to end; raises ConfigError if they do not suffice."""
+    """Stretches of the texts, drawn evenly from them, short texts end to end; without texts random tokens.
+
+    Raises ConfigError if the texts do not suffice.
+    """
+    if not text:
+        return work.prompts(vocab_size)
     tokenizer = load_tokenizer(checkpoint, vocab_size) if any(path.suffix != ".npy" for path in text) else None
     length, needed = work.prompt_tokens, work.requests * work.prompt_tokens
     windows = read_calibration(text, tokenizer, vocab_size, needed, length, work.seed)

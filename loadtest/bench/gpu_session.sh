@@ -41,7 +41,7 @@ part() {
 { date -u; nvidia-smi; "$python" -c 'import torch, triton, transformers as t; print(torch.__version__, triton.__version__, t.__version__)'; } \
   > "$folder/machine.txt" 2>&1
 
-tests=(-m pytest tests/kernels/gpu tests/engine/test_cuda_graphs.py tests/engine/test_sampler.py tests/engine/test_async.py -v --tb=short -p no:cacheprovider)
+tests=(-m pytest tests/engine/test_cuda_graphs.py tests/engine/test_sampler.py tests/engine/test_async.py tests/kernels/gpu -v --tb=short -p no:cacheprovider)
 # Most of the time is compiling, which several processes share.
 "$python" -c 'import xdist' 2> /dev/null && tests+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 if [ "$device" = interpreter ]; then

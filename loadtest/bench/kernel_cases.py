@@ -17,6 +17,7 @@ from backend.engine import sampler
 from backend.engine.penalties import SampleRow
 from backend.engine.sampling_params import SamplingParams
 from backend.kernels import reference
+from backend.kernels.query_tiles import query_tiles, tile_queries
 from backend.models.config import ModelConfig
 from backend.models.moe import num_folded
 from loadtest.bench import kernel_costs
@@ -122,7 +123,10 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
         active = max(k, -(-config.num_experts // way))
         label = f"{few} tokens on {active} slots"
         yield Case("grouped_experts_forward", label, make.experts(few, active), streams=True)
-    if shared := num_folded(config):
+    shared = num_folded(config)
+    with_norm = make.experts_and_norm(few, shared)
+    yield Case("experts_add_rms_norm", f"{few} tokens", with_norm, lambda out, args: [out, args[5]], streams=True)
+    if shared:
         label = f"{few} tokens, shared expert folded"
         yield Case("grouped_experts_forward", label, make.experts(few, config.num_experts, shared), streams=True)
         yield Case("add_shared_slots", f"{few} rows", make.shared(few, shared))
@@ -132,14 +136,18 @@ def cases(config: ModelConfig, dtype: torch.dtype, device: torch.device, sizes: 
     for n in sizes.prefill_rows:
         chunk = min(n, 128)
         yield Case("prefill_attention", f"{n // chunk} × {chunk} tokens", make.prefill(n // chunk, chunk))
+    yield Case(
+        "mixed_attention", f"{few} × {sizes.contexts[0][1]} tokens and a prompt", make.mixed(few, sizes.contexts[0][1])
+    )
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     wide = config.shared_expert_size or config.expert_size
     for n in rows:
         yield Case("gated_mlp", f"{wide} wide, {n} rows", make.mlp(n, wide), streams=True)
-    matrices = {"qkv": (hidden, q + 2 * kv), "out": (q, hidden), "lm head": (hidden, config.vocab_size)}
-    for name, (size_in, size_out) in matrices.items():
-        for n in sizes.decode_rows if name == "lm head" else rows:
+    for name, (size_in, size_out) in {"qkv": (hidden, q + 2 * kv), "out": (q, hidden)}.items():
+        for n in rows:
             yield Case("linear", f"{name}, {n} rows", make.linear(n, size_in, size_out), streams=True)
+    for n in sizes.decode_rows:
+        yield Case("output_logits", f"{n} rows", make.linear(n, hidden, config.vocab_size), streams=True)
     for n in (few, many):
         yield Case("rms_norm", f"{n} rows", make.norm(n))
         yield Case("add_rms_norm", f"{n} rows", make.add_norm(n), lambda out, args: [out, args[1]])
@@ -223,6 +231,10 @@ class _Maker:
 
         return build
 
+    def experts_and_norm(self, tokens: int, shared: int) -> Callable[[torch.Generator], Arguments]:
+        experts, norm = self.experts(tokens, self.config.num_experts, shared), self.add_norm(tokens)
+        return lambda g: (*experts(g), *norm(g)[1:])
+
     def shared(self, tokens: int, num_slots: int) -> Callable[[torch.Generator], Arguments]:
         c = self.config
         return lambda g: (
@@ -259,6 +271,25 @@ class _Maker:
             q = self._normal(g, sequences * length, c.num_heads, c.head_dim)
             lens = [length] * sequences
             return q, *self._cache(g, sequences, length), lens, lens, c.head_dim**-0.5, c.sliding_windows[0]
+
+        return build
+
+    def mixed(self, decodes: int, context: int, prompt: int = 128) -> Callable[[torch.Generator], Arguments]:
+        """Decoding sequences with that context and a prompt, in a table that has room for more."""
+        c = self.config
+
+        def build(g: torch.Generator) -> Arguments:
+            k, v, tables = self._cache(g, decodes + 1, max(context, prompt))
+            rows, sequences = decodes + prompt + 16, decodes + 4
+            lens = torch.zeros(sequences, dtype=torch.int32, device=self.device)
+            lens[:decodes] = context
+            queries = tile_queries(c.num_heads // c.num_kv_heads, self.activation.itemsize)
+            table = torch.from_numpy(query_tiles([prompt], [prompt], queries, decodes, decodes))
+            tiles = torch.zeros(len(table) + 8, 4, dtype=torch.int32, device=self.device)
+            tiles[: len(table)] = table.to(self.device)
+            tables = torch.cat([tables, tables.new_zeros(sequences - len(tables), tables.shape[1])])
+            q = self._normal(g, rows, c.num_heads, c.head_dim)
+            return q, k, v, tables, lens, tiles, c.head_dim**-0.5, c.sliding_windows[0]
 
         return build
 

@@ -23,6 +23,14 @@ def grouped_experts_forward(hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tens
     )
 
 
+def experts_add_rms_norm(
+    hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor, residual: Tensor, norm: Tensor, eps: float
+) -> Cost:
+    """One after the other, but for the experts' sum, which is neither written nor read."""
+    experts = grouped_experts_forward(hidden, w13, w2, slots, weights)
+    return experts + add_rms_norm(hidden, residual, norm, eps) + Cost(-2 * hidden.nbytes)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -61,10 +69,36 @@ def prefill_attention(
     return Cost(tokens * token_bytes + 2 * q.nbytes + block_tables.nbytes, 4 * pairs * q[0].numel())
 
 
+def mixed_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    tiles: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Cost:
+    """`decode_attention` of the sequences with a context, and `prefill_attention` of the tiles, each as a chunk of its own."""
+    n = int((context_lens > 0).sum())
+    settings = (scale, sliding_window)
+    decodes = decode_attention(q[:n], k_cache, v_cache, block_tables[:n], context_lens[:n], *settings)
+    lens = [(count, first + count) for _, _, first, count in tiles.tolist() if count]
+    chunks = zip(*lens, strict=True) if lens else ((), ())
+    prompts = prefill_attention(q[n:], k_cache, v_cache, block_tables[n:], *chunks, *settings)
+    return decodes + prompts + Cost(tiles.nbytes)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
     out_bytes = x.shape[0] * weight.shape[0] * x.element_size()
     bias_bytes = 0 if bias is None else bias.nbytes
     return Cost(weight.nbytes + x.nbytes + out_bytes + bias_bytes, 2 * x.shape[0] * weight.numel())
+
+
+def output_logits(x: Tensor, weight: Tensor) -> Cost:
+    """The output is float32."""
+    logits = x.shape[0] * weight.shape[0]
+    return Cost(weight.nbytes + x.nbytes + 4 * logits, 2 * x.shape[0] * weight.numel())
 
 
 def gated_mlp(x: Tensor, w13: Tensor, w2: Tensor) -> Cost:

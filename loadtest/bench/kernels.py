@@ -129,21 +129,7 @@ def measure(
         for case in cases(config, dtype, device, sizes or Sizes.for_device(device)):
             if budget.spent:
                 return
-            failure = None
-            try:
-                error = compare(case, kernels, _generator(device))
-            except Exception as raised:  # whatever a kernel raises, the others are to be measured
-                error, failure = math.inf, f"{type(raised).__name__}: {raised}"
-            result = KernelResult(
-                shape=shape,
-                dtype=name,
-                kernel=case.kernel,
-                case=case.label,
-                error=error,
-                tolerance=TOLERANCES[name],
-                correct=error <= TOLERANCES[name],
-                failure=failure,
-            )
+            result = _compared(case, kernels, device, shape, name)
             report.cases.append(result)
             compared.append((case, result))
             yield report
@@ -155,6 +141,26 @@ def measure(
             yield report
     report.complete = True
     yield report
+
+
+def _compared(
+    case: Case, kernels: ModuleType | SimpleNamespace, device: torch.device, shape: str, dtype: str
+) -> KernelResult:
+    failure = None
+    try:
+        error = compare(case, kernels, _generator(device))
+    except Exception as raised:  # whatever a kernel raises, the others are to be measured
+        error, failure = math.inf, f"{type(raised).__name__}: {raised}"
+    return KernelResult(
+        shape=shape,
+        dtype=dtype,
+        kernel=case.kernel,
+        case=case.label,
+        error=error,
+        tolerance=TOLERANCES[dtype],
+        correct=error <= TOLERANCES[dtype],
+        failure=failure,
+    )
 
 
 def _time(

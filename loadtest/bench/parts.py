@@ -25,9 +25,12 @@ KERNEL_PARTS = {
     "select_experts": "remap",
     "add_shared_slots": "remap",
     "grouped_experts_forward": "grouped experts",
+    "experts_add_rms_norm": "grouped experts",
     "decode_attention": "attention",
     "prefill_attention": "attention",
+    "mixed_attention": "attention",
     "linear": "qkv and output",
+    "output_logits": "lm head",
     "rms_norm": "norms, rope, KV store",
     "add_rms_norm": "norms, rope, KV store",
     "apply_rope": "norms, rope, KV store",
@@ -35,7 +38,7 @@ KERNEL_PARTS = {
     "rotate_and_store": "norms, rope, KV store",
     "gated_mlp": "dense MLP",
 }
-SHARED_EXPERT, LM_HEAD, DENSE = "shared expert", "lm head", "dense MLP"
+SHARED_EXPERT, DENSE = "shared expert", "dense MLP"
 SCHEDULING, BATCH, BOOKING, SAMPLING = "scheduling", "batch building", "booking", "sampling"
 #: The step's own time: describing rows to the sampler, ends of sequences, events.
 EMIT = "emit"
@@ -75,15 +78,14 @@ class PartTimes:
         self._steps: list[_Step] = []
         self._schedule: Schedule | None = None
 
-    def timed(self, function: Callable, part: str | Callable[..., str], absorbs: bool = False) -> Callable:
-        """`function` under `part`, a name or what to make it of the arguments; `absorbs`: so is all it calls."""
+    def timed(self, function: Callable, part: str, absorbs: bool = False) -> Callable:
+        """`function` under `part`; `absorbs`: so is all it calls."""
 
         def call(*args: object, **kwargs: object) -> object:
-            name = part if isinstance(part, str) else part(*args)
             if self._absorbing:
                 return function(*args, **kwargs)
             self._switch()
-            self._open.append(name)
+            self._open.append(part)
             self._absorbing = absorbs
             try:
                 return function(*args, **kwargs)
@@ -107,10 +109,6 @@ class PartTimes:
         """Wrap the engine's parts for the time of the block."""
         engine, model = self.engine, self.engine.runner.model
         kernels = model.kernels
-
-        def linear_part(x: object, weight: object, *_: object) -> str:
-            return LM_HEAD if weight is model.lm_head else KERNEL_PARTS["linear"]
-
         wraps = [
             (engine.scheduler, "schedule", SCHEDULING, False),
             (engine.runner.batches, "build", BATCH, False),
@@ -120,7 +118,7 @@ class PartTimes:
             (engine, "step", EMIT, False),
         ]
         for name in kernels.__all__:
-            wraps.append((kernels, name, linear_part if name == "linear" else KERNEL_PARTS.get(name, name), False))
+            wraps.append((kernels, name, KERNEL_PARTS.get(name, name), False))
         for layer in model.layers:
             if layer.moe is not None and layer.moe.shared_expert is not None:
                 wraps.append((layer.moe, "shared_expert", SHARED_EXPERT, True))

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 from backend.config import EngineConfig
-from backend.engine import cuda_graphs, model_runner
+from backend.engine import cuda_graphs, warm_up
 from backend.engine.engine import Engine
 from backend.engine.model_runner import resolve_device
 from backend.kernels import kernels_for
@@ -27,7 +27,7 @@ from backend.models.registry import parse_config
 from loadtest.bench.kernel_cases import Sizes, cases, implementation_of
 
 #: Cases that launch no kernel of ours.
-_LIBRARY = ("linear", "gated_mlp", "router_scores", "sample")
+_LIBRARY = ("linear", "output_logits", "gated_mlp", "router_scores", "sample")
 #: Each process has a context of its own on the device.
 _MOST_PROCESSES = 14
 #: Processes among them that run an engine.
@@ -74,13 +74,15 @@ def run_engine(config: EngineConfig, part: int, parts: int, deadline: float) -> 
         return 0
     shape = config.checkpoint.removeprefix(PREFIX)
     buckets = cuda_graphs.buckets_for(config.max_running)[part::parts]
-    prompts = (*model_runner._WARM_UP_TOKENS, config.max_batch_tokens)[part::parts]
+    mixed = cuda_graphs.mixed_buckets_for(config.max_batch_tokens)[part::parts]
+    prompts = (*warm_up.WARM_UP_TOKENS, config.max_batch_tokens)[part::parts]
     with (
         patch.dict(SHAPES, {shape: {**SHAPES[shape], "num_hidden_layers": 1}}),
         patch.object(cuda_graphs, "buckets_for", lambda _: buckets),
-        patch.object(model_runner, "_WARM_UP_TOKENS", prompts),
+        patch.object(cuda_graphs, "mixed_buckets_for", lambda _: mixed),
+        patch.object(warm_up, "WARM_UP_TOKENS", prompts),
         contextlib.suppress(Exception),  # what fails here fails again where it is reported
     ):
         Engine(replace(config, max_batch_tokens=max([config.max_running, *prompts])))
-        return len(buckets) + len(prompts)
+        return len(buckets) + len(mixed) + len(prompts)
     return 0

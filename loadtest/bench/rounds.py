@@ -60,7 +60,7 @@ def figures(
     result: dict = {name: getattr(median, name) for name in Rates.__struct_fields__}
     result |= {
         "step_ms": rounds.work.requests / median.decode_tokens_per_s * 1e3,
-        **_slots(base, rounds.work),
+        **_decode_step(base, rounds.work),
         "peak_memory_bytes": memory.peak_bytes if memory else peak_bytes(ours.device),
         "memory": memory,
         "runs": list(rounds.rates[OURS]),
@@ -71,7 +71,8 @@ def figures(
     return result
 
 
-def _slots(point: AtSettings, work: Workload) -> dict:
+def _decode_step(point: AtSettings, work: Workload) -> dict:
+    """What a decode step at this point takes, reads and serves."""
     context = work.prompt_tokens + work.new_tokens / 2
     step_s = point.decode_step_s
     return {
@@ -94,7 +95,7 @@ def _compared(rounds: Rounds, name: str, ours: Rates) -> dict:
     engine = rounds.engines[name]
     median = Rates.median(rounds.rates[name])
     if isinstance(engine, AtSettings):
-        above, below, extra = median, ours, {"settings": asdict(engine.settings), **_slots(engine, rounds.work)}
+        above, below, extra = median, ours, {"settings": asdict(engine.settings), **_decode_step(engine, rounds.work)}
     else:
         above, below, extra = ours, median, {"tokens_equal": tokens_equal(rounds.tokens[OURS], rounds.tokens[name])}
     ratio = {rate: getattr(above, rate) / getattr(below, rate) for rate in RATES}

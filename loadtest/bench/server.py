@@ -8,17 +8,17 @@ import contextlib
 import os
 import time
 
+import msgspec
 import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 from backend.config import ENV_PREFIX, EngineConfig
-from backend.engine.model_runner import resolve_device
 from backend.serving.launch_client import running_server
 from loadtest.bench import options
 from loadtest.bench.budget import Budget
-from loadtest.bench.engine import sizes_for
+from loadtest.bench.engine import is_on_gpu, sizes_for
 from loadtest.bench.our_engine import OurEngine
 from loadtest.bench.streams import STREAMS
 from loadtest.bench.workload import Workload, machine, write_json
@@ -125,7 +125,7 @@ def run(
         "checkpoint": checkpoint,
         "dtype": dtype,
         "device": device,
-        **sizes_for(work, resolve_device(device.partition(",")[0].strip()).type == "cuda"),
+        **sizes_for(work, is_on_gpu(device)),
     }
     env = {**os.environ, **{ENV_PREFIX + name.upper(): str(value) for name, value in parameters.items()}}
     tokens = work.requests * work.new_tokens
@@ -138,9 +138,7 @@ def run(
             if number > 1 and budget.spent:
                 break
             # Prompts differ from run to run, so that the server's prefix cache holds none of them.
-            prompts = Workload(
-                requests=work.requests, prompt_tokens=work.prompt_tokens, new_tokens=work.new_tokens, seed=number
-            ).prompts(ours.engine.vocab_size)
+            prompts = msgspec.structs.replace(work, seed=number).prompts(ours.engine.vocab_size)
             engine_s = ours.run(prompts, work.new_tokens).seconds
             processors = ProcessorTimes()
             server_s = asyncio.run(streams(server, prompts, work.new_tokens))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 
 from backend.serving.launch_client import RunningServer
+from loadtest.wire import STREAM_PATH, event_of
 
 
 def _sampling(new_tokens: int) -> str:
@@ -19,25 +20,19 @@ def _sampling(new_tokens: int) -> str:
 async def http_streams(server: RunningServer, prompts: list[list[int]], new_tokens: int) -> float:
     """Seconds from the first request to the last of all server-sent events."""
     # Not at the top, here and below: the other benchmarks run where no client is installed.
-    import aiohttp
-
-    from loadtest.clients import STREAM_MODEL
+    from loadtest.clients import open_session
 
     body = {"sampling_parameters": _sampling(new_tokens), "stream": True, "return_num_output_tokens": True}
-    url = f"http://{server.http}/v2/models/{STREAM_MODEL}/generate_stream"
 
     async def tokens(prompt: list[int]) -> AsyncIterator[int]:
-        async with session.post(url, json=body | {"input_ids": prompt}) as response:
+        async with session.post(f"http://{server.http}{STREAM_PATH}", json=body | {"input_ids": prompt}) as response:
             async for line in response.content:
-                if line.startswith((b"data:", b"{")):  # an error may come without being an event
-                    answer = json.loads(line.removeprefix(b"data:"))
+                if (answer := event_of(line)) is not None:
                     if "error" in answer:
                         raise RuntimeError(f"a stream ended with: {answer['error']}")
                     yield answer["num_output_tokens"]
 
-    # No limits: streams last as long as they last, all at once.
-    timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    async with open_session() as session:
         return await _all_at_once(tokens, prompts, new_tokens)
 
 
@@ -45,32 +40,15 @@ async def grpc_streams(server: RunningServer, prompts: list[list[int]], new_toke
     """Seconds from the first request to the last response of all gRPC streams."""
     import tritonclient.grpc.aio as grpc_aio
 
-    from loadtest.clients import STREAM_MODEL
+    from loadtest.clients import grpc_responses, tensor
 
     async def tokens(prompt: list[int]) -> AsyncIterator[int]:
         ids = grpc_aio.InferInput("input_ids", [len(prompt)], "INT64")
         ids.set_data_from_numpy(np.array(prompt, np.int64))
-        parameters = grpc_aio.InferInput("sampling_parameters", [1], "BYTES")
-        parameters.set_data_from_numpy(np.array([_sampling(new_tokens).encode()], np.object_))
-        flags = []
-        for name in ("stream", "return_num_output_tokens"):
-            flags.append(grpc_aio.InferInput(name, [1], "BOOL"))
-            flags[-1].set_data_from_numpy(np.array([True]))
-
-        async def requests() -> AsyncIterator[dict]:
-            yield {
-                "model_name": STREAM_MODEL,
-                "inputs": [ids, parameters, *flags],
-                "enable_empty_final_response": True,
-            }
-
-        async for result, error in client.stream_infer(requests()):
-            if error is not None:
-                raise error
-            if len(result.get_response().outputs):
-                yield int(result.as_numpy("num_output_tokens")[0])
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                break
+        parameters = tensor(grpc_aio.InferInput, "sampling_parameters", "BYTES", _sampling(new_tokens))
+        flags = [tensor(grpc_aio.InferInput, name, "BOOL", True) for name in ("stream", "return_num_output_tokens")]
+        async for result in grpc_responses(client, [ids, parameters, *flags]):
+            yield int(result.as_numpy("num_output_tokens")[0])
 
     async with grpc_aio.InferenceServerClient(server.grpc) as client:
         return await _all_at_once(tokens, prompts, new_tokens)

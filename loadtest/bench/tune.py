@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -164,12 +164,11 @@ def _tune_one(shape: ExpertShape, measure: Measure, deadline: float) -> Tuned | 
     default = default_tiles(shape)
     default_seconds = measure(shape, default)
     best, best_seconds = default, default_seconds
-    rows = [default["gate_up"].rows] if shape.phase == "decode" else [64, 128]
-    for count in rows:
-        chosen = {kernel: _with_rows(config, count) for kernel, config in default.items()}
-        seconds = measure(shape, chosen) if count != default["gate_up"].rows else default_seconds
-        for kernel in chosen:
-            for config in _shuffled(candidates(shape, kernel, count)):
+    for rows, start in _starts(shape):
+        chosen = start
+        seconds = measure(shape, chosen) if rows != default["gate_up"].rows else default_seconds
+        for kernel in start:
+            for config in _shuffled(candidates(shape, kernel, rows)):
                 if time.monotonic() > deadline:
                     break
                 tried = {**chosen, kernel: config}
@@ -202,8 +201,11 @@ def candidates(shape: ExpertShape, kernel: str, rows: int) -> Iterator[TileConfi
             yield config
 
 
-def _with_rows(config: TileConfig, rows: int) -> TileConfig:
-    return TileConfig(rows, config.columns, config.depth, config.num_warps, config.num_stages)
+def _starts(shape: ExpertShape) -> Iterator[tuple[int, dict[str, TileConfig]]]:
+    """Numbers of rows worth trying in the shape's phase, each with the default tiles in so many rows."""
+    default = default_tiles(shape)
+    for rows in [default["gate_up"].rows] if shape.phase == "decode" else [64, 128]:
+        yield rows, {kernel: replace(config, rows=rows) for kernel, config in default.items()}
 
 
 def compile_all(shapes: list[ExpertShape], routing: Routing, device: str, budget_s: float) -> int:
@@ -211,12 +213,10 @@ def compile_all(shapes: list[ExpertShape], routing: Routing, device: str, budget
     jobs: list[tuple[ExpertShape, dict[str, TileConfig]]] = []
     kinds: set[tuple[str, int]] = set()
     for shape in shapes:
-        default = default_tiles(shape)
-        for rows in [default["gate_up"].rows] if shape.phase == "decode" else [64, 128]:
+        for rows, chosen in _starts(shape):
             if (shape.phase, rows) in kinds:  # kernels do not depend on the number of tokens otherwise
                 continue
             kinds.add((shape.phase, rows))
-            chosen = {kernel: _with_rows(config, rows) for kernel, config in default.items()}
             pairs = itertools.zip_longest(*(_shuffled(candidates(shape, kernel, rows)) for kernel in KERNELS))
             jobs += [(shape, {k: tile or chosen[k] for k, tile in zip(KERNELS, pair, strict=True)}) for pair in pairs]
     processes = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) - 1), len(jobs))

@@ -19,6 +19,7 @@ from backend.brownout.points import describe, parse_points
 from backend.brownout.profile import Level, read_profile
 from backend.brownout.settings import Settings
 from backend.engine.llm import LLM
+from backend.engine.sampling_params import SamplingParams
 from backend.engine.scoring import Scorer
 from backend.errors import ConfigError
 
@@ -75,6 +76,24 @@ def test_a_share_well_below_nominal_is_not_comparable(llm):
     found = measure.Text({"one": [llm.tokenizer.encode("ab")]}, 1, decode=True).score(llm)
     measure.apply(llm, Settings())
     assert found["united_share"] < 0.95 and not found["comparable"]
+
+
+def test_a_meter_sees_the_steps_that_were_asked_for(text_checkpoint):
+    """Also where the engine would launch the next one before."""
+    llm = LLM(str(text_checkpoint), dtype="float32", device="cpu", max_batch_tokens=16, async_scheduling="on")
+    meter, launched, run = measure.Meter(llm.engine), [], llm.engine.runner.run
+    llm.engine.runner.run = lambda schedule, *previous: (
+        launched.append(sum(schedule.num_tokens)),
+        run(schedule, *previous),
+    )[1]
+    seen = []
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    made = measure.complete(
+        llm, [[5] * 20, [6] * 3], params, lambda: (meter.observe(), seen.append(meter.tokens - sum(seen)))
+    )
+    assert [len(tokens) for tokens in made] == [4, 4]
+    assert seen == launched and sum(seen) == 20 + 3 + 2 * 3
+    assert llm.engine.overlap, "as before"
 
 
 def test_domains_and_families_stand_side_by_side_or_one_after_another(llm):

@@ -74,7 +74,7 @@ def test_a_recording_survives_its_file_and_feeds_the_simulator(recorded, tmp_pat
     recording.write(tmp_path / "r.safetensors")
     again = Recording.read(tmp_path / "r.safetensors")
     assert torch.equal(again.hidden, recording.hidden) and again.domain_names == ("a", "b", "c")
-    predictor = LoadPredictor.of_recording(again, 1)
+    predictor = again.predictor(1)
     pool = again.pool(predictor, 1)
     assert pool.predicted_counts(np.arange(20))[1] == approx(predictor.loads(again.hidden[0, :20], 1, 1).numpy())
     assert pool.experts.shape == (540, 2, 2) and (pool.predicted[:, 0] == -1).all()
@@ -205,7 +205,7 @@ def test_a_predictor_survives_its_file_and_belongs_to_one_checkpoint(checkpoint,
     recording = synthetic(1.0)
     generator = torch.Generator().manual_seed(2)
     added = HiddenLayer(*(torch.randn(*shape, generator=generator) for shape in ((4, 16), (4,), (8, 4))))
-    predictor = replace(LoadPredictor.of_recording(recording, 1), hidden={(1, 1): added}, tuned=frozenset({(1, 1)}))
+    predictor = replace(recording.predictor(1), hidden={(1, 1): added}, tuned=frozenset({(1, 1)}))
     path = tmp_path / "p.safetensors"
     predictor.write(path)
     again = LoadPredictor.read(path, "print")
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_transformers_is_recorded(checkpoint, monkeypatch):
     monkeypatch.setattr("backend.engine.llm.load_tokenizer", lambda *_: load_tokenizer("dummy:tiny", 512))
     llm = LLM(str(checkpoint), max_model_len=64, kv_cache_blocks=16)
     recording = record(llm, [[5, 6, 7, 8]], ["x"], PARAMS, fingerprint_of(str(checkpoint)))
-    predictor = LoadPredictor.of_recording(recording, 0)
+    predictor = recording.predictor(0)
     # At distance 0 the router itself is applied to its own input.
     assert recall(predictor.choose(recording.hidden[1], 1, 0), recording.experts[1]) == 1.0
 

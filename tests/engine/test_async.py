@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
+from torch import Tensor
 
 from backend.config import EngineConfig
 from backend.engine.engine import Engine
@@ -12,6 +14,7 @@ from backend.engine.request import Request, TokenOutput
 from backend.engine.sampling_params import SamplingParams
 from backend.errors import ConfigError
 from backend.kernels.transfer import HostCopy
+from backend.models.attention import KVCache
 
 KINDS = [
     {"temperature": 0.0},
@@ -68,12 +71,33 @@ def serve(engine: Engine, kinds: list[dict], seed: int) -> dict[tuple, list[Toke
     return made
 
 
+class Repeat:
+    """A graph that calls its function again, and writes where the first result lies."""
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        self.function, self.result = function, function()
+        return self.result
+
+    def replay(self) -> None:
+        self.result.copy_(self.function())
+
+
+def use_graphs(engine: Engine) -> None:
+    runner = engine.runner
+    settings = {"dtype": runner.model.dtype, "device": runner.device}
+    runner.kv_cache = KVCache(runner.model.config, runner.num_blocks + 1, runner.block_size, **settings)
+    runner.graphs = runner.make_graphs(engine.config, Repeat)
+
+
 @pytest.mark.parametrize("blocks", [64, 22], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "replayed"])
 @pytest.mark.parametrize("kinds", [KINDS[:2], KINDS], ids=["plain", "all"])
-def test_tokens_and_ends_are_those_of_steps_one_after_the_other(kinds: list[dict], blocks: int) -> None:
+def test_tokens_and_ends_are_those_of_steps_one_after_the_other(kinds: list[dict], graphs: bool, blocks: int) -> None:
     made = {}
     for setting in ("off", "on"):
         engine = make_engine(setting, kv_cache_blocks=blocks)
+        if graphs and setting == "on":
+            use_graphs(engine)
         launched = count_ahead(engine)
         made[setting] = serve(engine, kinds, seed=blocks)
         assert any(launched) == (setting == "on")
@@ -98,6 +122,29 @@ def test_the_next_step_is_launched_before_tokens_are_read(monkeypatch) -> None:
         steps.append(list(happened))
     # The last token's step is not followed by one: its length was known.
     assert steps == [["run", "run", "read"], ["run", "read"], ["run", "read"], ["read"]]
+
+
+def test_prompts_are_computed_in_steps_ahead() -> None:
+    """A long one in parts, beside one that decodes; one with a penalty needs to know its tokens."""
+    engine = make_engine("on")
+    launched, run = [], engine.runner.run
+
+    def recording(schedule, *previous):
+        launched.append((schedule.previous_rows is not None, schedule.num_tokens, len(schedule.partial)))
+        return run(schedule, *previous)
+
+    engine.runner.run = recording
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    engine.add(Request("a", [1] * 5, params))
+    engine.step()
+    engine.add(Request("b", [2] * 50, params))
+    engine.step()
+    engine.step()
+    assert launched == [(False, [5], 0), (True, [1], 0), (True, [1, 31], 1), (True, [1, 19], 0)]
+    engine.add(Request("c", [3] * 5, SamplingParams(max_tokens=4, temperature=0.0, repetition_penalty=1.5)))
+    for _ in range(3):
+        engine.step()
+    assert [ahead for ahead, *_ in launched[-2:]] == [True, False], "c's next token depends on the one before"
 
 
 def test_an_aborted_request_leaves_nothing_of_its_step_ahead() -> None:

@@ -101,11 +101,17 @@ def serve(seed: int, num_blocks: int, budget: int, ahead: bool, steps: int = 60)
         ready = work.ready()
         seen.update(mixed=0 < work.num_decodes < len(work.sequences), partial=len(work.partial))
         tokens = torch.tensor([rng.randint(0, 1) for _ in ready])
-        if ahead and ready:
+        if ahead and work:
             step_ahead = scheduler.schedule_ahead(ready, lambda s: s.num_output + 1 >= s.request.params.max_tokens)
         if step_ahead is not None:
-            seen["ahead"] += 1
-            assert_same(builder.build(step_ahead, tokens), BatchBuilder(BLOCK_SIZE, CPU).build(step_ahead, tokens))
+            unknown = len(step_ahead.previous_rows)
+            seen.update(ahead=1, ahead_mixed=0 < unknown < len(step_ahead.sequences))
+            batch = builder.build(step_ahead, tokens)
+            assert_same(batch, BatchBuilder(BLOCK_SIZE, CPU).build(step_ahead, tokens))
+            known = zip(step_ahead.sequences[unknown:], step_ahead.num_tokens[unknown:], strict=True)
+            expected = [int(tokens[row]) for row in step_ahead.previous_rows]
+            expected += [token for s, n in known for token in s.tokens[s.num_computed : s.num_computed + n]]
+            assert batch.token_ids.tolist() == expected
         for sequence, token in zip(ready, tokens.tolist(), strict=True):
             if not sequence.finished:
                 sequence.tokens.append(token)
@@ -128,7 +134,7 @@ def test_a_batch_that_follows_another_is_as_one_made_afresh(seed, num_blocks, bu
 
 def test_the_random_steps_have_in_them_what_could_go_wrong():
     seen = serve(seed=0, num_blocks=10, budget=8, ahead=False) + serve(seed=1, num_blocks=16, budget=12, ahead=True)
-    assert all(seen[name] > 0 for name in ("mixed", "partial", "ahead", "preempted", "hit")), seen
+    assert all(seen[name] > 0 for name in ("mixed", "partial", "ahead", "ahead_mixed", "preempted", "hit")), seen
 
 
 def test_a_sequence_that_is_admitted_again_has_other_blocks():

@@ -154,14 +154,15 @@ def test_shares_add_up_to_what_the_remap_replaced():
     engine = make_engine(max_batch_tokens=64)
     engine.set_settings(Settings(threshold_prefill=0.5, threshold_decode=0.25, way=2))
     requests = [make_request(i, p, 9, brownout="auto" if i % 4 else "never") for i, p in enumerate(make_prompts(12))]
-    replaced, shares, inner = [], [], engine.runner.replaced_assignments
+    replaced, shares, inner = [], [], engine.runner.run
 
-    def recording(schedule, copied):
-        replaced.append(sum(inner(schedule, copied)))
+    def recording(schedule, *previous):
+        logits = inner(schedule, *previous)
+        replaced.append(int(engine.runner.replaced.sum()))
         shares.append(replaced[-1] / (sum(schedule.num_tokens) * 4))
-        return inner(schedule, copied)
+        return logits
 
-    engine.runner.replaced_assignments = recording
+    engine.runner.run = recording
     for request in requests:
         engine.add(request)
     last: dict[object, float] = {}

@@ -16,7 +16,7 @@ from backend.engine.engine import Engine
 from backend.engine.model_runner import ModelRunner
 from backend.errors import ConfigError
 from backend.experts import mover
-from backend.experts.resident import ExpertTelemetry
+from backend.experts.telemetry import ExpertTelemetry
 from tests.engine.test_brownout import ids, make_engine, make_prompts, make_request, run
 from tests.engine.test_cuda_graphs import FakeGraph
 from tests.models.tiny_checkpoints import make_checkpoint

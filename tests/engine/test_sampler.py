@@ -417,3 +417,14 @@ def test_a_gpu_row_does_not_depend_on_its_neighbours_and_the_host_waits_once() -
         torch.cuda.set_sync_debug_mode("default")
     assert not caught, "the host waits only when the tokens are read"
     assert together == [sample(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_resolves_ties_and_errors_as_a_cpu_does() -> None:
+    """Among equals the lowest id, also where the equals are far apart; a row with NaN or infinity has no token."""
+    logits = torch.randn(6, 151_936)
+    logits[:, [7, 140_000, 70_000]] = 9.0
+    logits[1, 3], logits[2, 151_000], logits[3, :] = float("nan"), float("inf"), float("-inf")
+    rows = [SampleRow(GREEDY, 0, 0)] * 6
+    assert sample(logits.cuda(), rows) == sample(logits, rows)

@@ -233,16 +233,19 @@ def serve(seed: int, num_blocks: int, ahead: bool) -> tuple[dict[int, list[int]]
         work, next_work = next_work, None
         if work is None or all(sequence.finished for sequence in work.sequences):
             work = scheduler.schedule()
-            ready = work.ready()
             scheduler.computed(work)
-        else:
-            ready = work.sequences
-        if ahead and ready:
+        ready = work.ready()
+        if ahead and work:
             ends = lambda s: s.num_output + 1 >= s.request.params.max_tokens  # noqa: E731
             next_work = scheduler.schedule_ahead(ready, ends)
         if next_work is not None:
             num_ahead += 1
-            assert [ready[row] for row in next_work.previous_rows] == next_work.sequences
+            unknown = len(next_work.previous_rows)
+            assert [ready[row] for row in next_work.previous_rows] == next_work.sequences[:unknown]
+            known = list(zip(next_work.sequences, next_work.num_tokens, strict=True))[unknown:]
+            assert all(0 < n <= len(sequence.tokens) - sequence.num_computed for sequence, n in known)
+            assert sum(next_work.num_tokens) <= scheduler.max_batch_tokens
+            assert next_work.num_decodes == next_work.num_tokens.count(1) and len(known) + unknown <= 3
         for sequence in ready:
             if not sequence.finished:
                 token = (sum(sequence.tokens[-5:]) * 31 + len(sequence.tokens) * 7) % 50
@@ -264,21 +267,54 @@ def test_steps_made_ahead_lead_to_the_same_tokens(seed: int, num_blocks: int):
     assert found == expected and none == 0
 
 
-def test_a_step_is_made_ahead_only_where_nothing_else_could_be_done():
-    def never(_: Sequence) -> bool:
-        return False
+def never(_: Sequence) -> bool:
+    return False
 
-    scheduler = make_scheduler(max_running=2)
-    first, second = make_sequence([1, 2, 3, 4]), make_sequence([5], arrival=1.0)
+
+def test_a_step_ahead_admits_and_goes_on_with_prompts():
+    scheduler = make_scheduler(max_running=3, max_batch_tokens=6)
+    first, second = make_sequence([1, 2, 3, 4]), make_sequence(range(9), arrival=1.0)
     for sequence in (first, second):
         scheduler.add(sequence)
     work = scheduler.schedule()
     scheduler.computed(work)
-    assert scheduler.schedule_ahead([first], never) is None, "the other one's token is not there yet"
-    ahead = scheduler.schedule_ahead(work.sequences, never)
-    assert ahead.num_tokens == [1, 1] and len(first.blocks) == 2
-    scheduler.add(make_sequence([6], arrival=2.0))
-    assert scheduler.schedule_ahead(work.sequences, never) is not None, "no place is free for the one that waits"
-    assert scheduler.schedule_ahead(work.sequences, lambda sequence: sequence is first) is None
-    scheduler.remove(first, "abort")
-    assert scheduler.schedule_ahead(work.sequences, never) is None
+    assert work.ready() == [first] and work.num_tokens == [4, 2]
+    third = make_sequence([5], arrival=2.0)
+    scheduler.add(third)
+
+    ahead = scheduler.schedule_ahead([first], never)
+    assert ahead.sequences == [first, second] and ahead.num_tokens == [1, 5] and ahead.previous_rows == [0]
+    assert ahead.ready() == [first] and len(first.blocks) == 2, "room for a token that is not known"
+    first.tokens.append(7)
+    scheduler.computed(ahead.unfinished())
+
+    ahead = scheduler.schedule_ahead([first], never)
+    assert ahead.sequences == [first, third, second] and ahead.num_tokens == [1, 1, 2]
+    assert ahead.num_decodes == 2 and ahead.admitted == [third] and ahead.ready() == ahead.sequences
+    first.tokens.append(8)
+    scheduler.remove(second, "abort")
+    assert ahead.unfinished().sequences == [first, third]
+
+
+def test_a_place_of_one_that_ends_is_given_away_ahead():
+    scheduler = make_scheduler(max_running=1)
+    first, second = make_sequence([1, 2]), make_sequence([3, 4], arrival=1.0)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    scheduler.computed(scheduler.schedule())
+    assert scheduler.schedule_ahead([first], never).sequences == [first], "no place is free"
+    ahead = scheduler.schedule_ahead([first], lambda sequence: sequence is first)
+    assert ahead.sequences == [second] and ahead.previous_rows == []
+
+
+def test_no_step_is_made_ahead_without_work_or_blocks():
+    scheduler = make_scheduler(num_blocks=4, max_batch_tokens=16)
+    first, second = make_sequence([1, 2, 3, 4]), make_sequence(range(6, 14), arrival=1.0)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    work = scheduler.schedule()
+    scheduler.computed(work)
+    assert scheduler.schedule_ahead(work.sequences, lambda _: True) is None
+    assert work.sequences == [first, second] and scheduler.blocks.num_available == 1
+    assert scheduler.schedule_ahead(work.sequences, never) is None, "one of two would have to be preempted"
+    assert scheduler.blocks.num_available == 1, "and none is taken"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from backend.experts.expert_map import MISSING
 from backend.experts.ledger import Ledger
-from backend.experts.resident import ExpertTelemetry
+from backend.experts.telemetry import ExpertTelemetry
 
 LAYERS, EXPERTS = 3, 7
 

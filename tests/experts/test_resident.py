@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from backend.experts.expert_map import MISSING, ExpertMap
-from backend.experts.resident import ExpertTelemetry, ResidentPool
+from backend.experts.resident import ResidentPool
+from backend.experts.telemetry import ExpertTelemetry
 from backend.experts.weight_store import ExpertWeights
 from backend.kernels import reference
 
@@ -194,7 +195,7 @@ def test_small_steps_predict_their_layers_in_turns_and_large_ones_all_by_some_ro
         asked.append((layer, len(hidden)))
         return torch.ones(EXPERTS)
 
-    predictor = SimpleNamespace(weights=dict.fromkeys([(1, 1), (2, 1), (2, 2)]), loads=loads)
+    predictor = SimpleNamespace(pairs=[(1, 1), (2, 1), (2, 2)], loads=loads)
     pool = ResidentPool(LateMover(), reference, WAITS, predictor, prefetch=True, num_layers=3)
     for part in (Layer(4), Layer(4), Layer(4)):
         pool.add_layer(part.weights, part.map, part.sources)

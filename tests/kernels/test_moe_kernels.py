@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backend.kernels import cpu, reference
+from backend.kernels.reference.shared_slots import SharedSlots
 
 
 def naive_experts(hidden: Tensor, w13: Tensor, w2: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -45,6 +46,15 @@ def test_grouped_experts_equal_the_loop(
     expected = naive_experts(hidden, w13, w2, slots, weights)
     out = kernels.grouped_experts_forward(hidden, w13, w2, slots, weights)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_with_residual_and_norm_are_one_after_the_other(kernels: ModuleType) -> None:
+    experts, residual, norm = make_experts(3, 17, 7, 5), torch.randn(5, 17), torch.rand(17)
+    slots, weights = torch.rand(5, 3).argsort(1)[:, :2], torch.rand(5, 2)
+    total = residual.double() + naive_experts(*experts, slots, weights)
+    out = kernels.experts_add_rms_norm(*experts, slots, weights, residual, norm, 1e-5)
+    torch.testing.assert_close(residual.double(), total, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.double(), reference.rms_norm(total, norm.double(), 1e-5), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "num_slots"), [(1, 3), (33, 3), (130, 3), (130, 2), (400, 9)])
@@ -144,3 +154,16 @@ def test_router_bias_skews_the_choice(kernels: ModuleType) -> None:
     experts, weights = kernels.route(torch.randn(9, 6), torch.randn(4, 6), bias, 2, False)
     assert experts.tolist() == [[1, 3]] * 9
     assert weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.2])
+def test_remap_adds_the_slots_of_a_shared_expert(kernels: ModuleType, theta: float) -> None:
+    torch.manual_seed(0)
+    weights, experts = torch.rand(7, 6).topk(3, dim=1)
+    args = (experts, weights, torch.arange(6), torch.tensor([theta]), torch.zeros(7, dtype=torch.int8))
+    hidden, gate = torch.randn(7, 10), torch.randn(1, 10).bfloat16()
+    slots, new_weights = kernels.remap_experts(*args, shared=SharedSlots(hidden, gate, 9, 2))
+    plain = kernels.remap_experts(*args)
+    assert torch.equal(slots[:, :3], plain[0]) and torch.equal(new_weights[:, :3], plain[1])
+    assert slots[:, 3:].tolist() == [[9, 10]] * 7
+    torch.testing.assert_close(new_weights[:, 3:], torch.sigmoid(hidden @ gate.float().T).expand(7, 2))

@@ -18,8 +18,16 @@ def model(monkeypatch) -> MoeModel:
     return load_model("dummy:tiny", device=torch.device("cpu"), dtype="float32", united="4")
 
 
-@pytest.mark.parametrize("rows", [1, 6, FOLDED_ROWS + 1])
-def test_folding_changes_nothing_but_where_it_is_computed(model: MoeModel, rows: int, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "mechanism"),
+    [(1, "united"), (6, "united"), (6, "reroute"), (6, "top_k"), (6, "piggyback"), (FOLDED_ROWS + 1, "united")],
+)
+def test_folding_changes_nothing_but_where_it_is_computed(
+    model: MoeModel, rows: int, mechanism: str, monkeypatch
+) -> None:
+    model.set_replacement(mechanism, "count", 4, 0.0)
+    model.set_thresholds(torch.full_like(model.thresholds, 0.5).tolist())
+    model.moe_block(0).similarity = torch.rand(2 * (model.config.num_experts,))
     block, x = model.moe_block(0), torch.randn(rows, model.config.hidden_size)
     num_tokens = torch.tensor(max(1, rows - 2))
     token_class = torch.zeros(rows, dtype=torch.int8)

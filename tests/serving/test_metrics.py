@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from backend.experts.resident import ExpertTelemetry
+from backend.experts.telemetry import ExpertTelemetry
 from backend.serving.metrics import MAX_ITL_OBSERVATIONS, Metrics, thin
 from backend.serving.protocol import Stats
 

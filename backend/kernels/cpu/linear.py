@@ -44,6 +44,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
+def output_logits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [R, in], weight [V, in] -> [R, V] float32; written to `out` if given."""
+    logits = linear(x, weight)
+    return logits.float() if out is None else out.copy_(logits)
+
+
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """As `linear` without a bias, but x is never rounded to the weights' type: for outputs that decide between alternatives."""
     if weight.dtype == torch.float32 or len(x) > FEW_ROWS:

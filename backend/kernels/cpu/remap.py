@@ -8,6 +8,7 @@ from torch import Tensor
 
 from backend.kernels.cpu.compiled import ZERO, exact_kernel
 from backend.kernels.reference.remap import FRACTION_BITS, LARGEST_WEIGHT
+from backend.kernels.reference.shared_slots import SharedSlots
 
 _UNITED, _REROUTE, _DROP, _UNITED_TOP_K = 0, 1, 2, 3
 _CODES = {"united": _UNITED, "reroute": _REROUTE, "drop": _DROP, "united_top_k": _UNITED_TOP_K}
@@ -31,10 +32,12 @@ def remap_experts(
     similarity_min: Tensor | None = None,  # [] float32
     renormalize: bool = False,
     replaced: Tensor | None = None,  # [T] int32, in place
+    shared: SharedSlots | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
     if num_tokens is None and min(thresholds.tolist()) >= 1.0 and expert_slots.numpy().min() >= 0:
-        return expert_slots[experts], weights
+        slots = expert_slots[experts]
+        return (slots, weights) if shared is None else shared.added_to(slots, weights)
     slots = torch.empty_like(experts, memory_format=torch.contiguous_format)
     out = torch.empty_like(weights, memory_format=torch.contiguous_format)
     # Without united experts each expert is alone in its group.
@@ -56,7 +59,7 @@ def remap_experts(
         slots.numpy(),
         out.numpy(),
     )
-    return slots, out
+    return (slots, out) if shared is None else shared.added_to(slots, out, num_tokens)
 
 
 def select_experts(

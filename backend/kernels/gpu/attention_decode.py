@@ -11,7 +11,7 @@ from backend.kernels.gpu.common import dot, num_processors, power_of_2
 
 #: Keys that a program takes at a time, and the least that make a split worth its place.
 _KEYS = 64
-_LEAST_SPLIT = 256
+LEAST_SPLIT = 256
 _MOST_SPLITS = 64
 #: Programs wanted per processor, so that long and short sequences even out.
 _PROGRAMS_PER_PROCESSOR = 4
@@ -160,15 +160,13 @@ def decode_attention(
     if sliding_window is not None:
         longest = min(longest, sliding_window)
     splits = num_splits(q.shape[0] * k_cache.shape[2], longest, num_processors(q.device))
-    return attend_in_splits(
-        q, k_cache, v_cache, block_tables, context_lens, scale, sliding_window, splits, _LEAST_SPLIT
-    )
+    return attend_in_splits(q, k_cache, v_cache, block_tables, context_lens, scale, sliding_window, splits, LEAST_SPLIT)
 
 
 def num_splits(programs: int, longest: int, processors: int) -> int:
     """Parts to split the keys into when `programs` programs see up to `longest` keys each: a power of 2."""
     wanted = _PROGRAMS_PER_PROCESSOR * processors // max(1, programs)
-    most = min(_MOST_SPLITS, -(-longest // _LEAST_SPLIT), max(1, wanted))
+    most = min(_MOST_SPLITS, -(-longest // LEAST_SPLIT), max(1, wanted))
     return 1 << (most.bit_length() - 1)
 
 
@@ -182,11 +180,13 @@ def attend_in_splits(
     sliding_window: int | None,
     splits: int,
     least: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`decode_attention` with up to `splits` parts of at least `least` keys (a multiple of 64)."""
+    """`decode_attention` with up to `splits` parts of at least `least` keys (a multiple of 64); writes to `out` if given."""
     num_seqs, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    out = torch.empty((num_seqs, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((num_seqs, heads, head_dim), dtype=q.dtype, device=q.device)
     if num_seqs == 0:
         return out
     if q.stride(2) != 1:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from backend.kernels.gpu.common import dot, power_of_2
+from backend.kernels.query_tiles import query_tiles, tile_queries, tile_rows
 from backend.kernels.transfer import to_device
 
-#: Rows (queries times query heads of a KV head) of a program, and keys that it takes at a time.
-_ROWS = 128
+#: Keys that a program takes at a time.
 _KEYS = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -79,7 +78,7 @@ def _prefill_kernel(
     k_cache_ptr,  # [N, C, G, D]
     v_cache_ptr,
     tables_ptr,  # [S, B] int32
-    tiles_ptr,  # [tiles, 4] int32: sequence, first row, first position, queries
+    tiles_ptr,  # [W, 4] int32: sequence, first row, first position, queries
     out_ptr,  # [T, H, D]
     scale,
     stride_q,
@@ -95,13 +94,15 @@ def _prefill_kernel(
     LANES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Grid (G, tiles): some queries of one sequence, all query heads of one KV head; row r is query r // GROUP."""
+    """Grid (G, W): some queries of one sequence, all query heads of one KV head; row r is query r // GROUP."""
     kv_head = tl.program_id(0)
     tile = tiles_ptr + tl.program_id(1) * 4
     seq = tl.load(tile).to(tl.int64)
     first_row = tl.load(tile + 1).to(tl.int64)
     first = tl.load(tile + 2)
     count = tl.load(tile + 3)
+    if count == 0:
+        return
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     mask = (row < count * GROUP)[:, None] & (lane < DIM)[None, :]
@@ -133,17 +134,9 @@ def _prefill_kernel(
 
 
 @lru_cache(maxsize=4)
-def _tiles(
-    query_lens: tuple[int, ...], context_lens: tuple[int, ...], queries: int, device: torch.device
-) -> tuple[int, Tensor]:
-    """Tiles of at most `queries` queries, those with most keys first: they take longest. Every layer of a step asks alike."""
-    tiles, row = [], 0
-    for seq, (n, context) in enumerate(zip(query_lens, context_lens, strict=True)):
-        for first in range(0, n, queries):
-            tiles.append((seq, row + first, context - n + first, min(queries, n - first)))
-        row += n
-    tiles.sort(key=lambda tile: -tile[2])
-    return len(tiles), to_device([np.array(tiles, np.int32).reshape(-1, 4)], device)[0]
+def _tiles(query_lens: tuple[int, ...], context_lens: tuple[int, ...], queries: int, device: torch.device) -> Tensor:
+    """`query_tiles` on the device. Every layer of a step asks alike."""
+    return to_device([query_tiles(query_lens, context_lens, queries)], device)[0]
 
 
 def prefill_attention(
@@ -160,20 +153,32 @@ def prefill_attention(
 
     With a sliding window a query sees the last `sliding_window` tokens, itself included.
     """
+    queries = tile_queries(q.shape[1] // k_cache.shape[2], q.element_size())
+    tiles = _tiles(tuple(query_lens), tuple(context_lens), queries, q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    attend_tiles(q, k_cache, v_cache, block_tables, tiles, out, scale, sliding_window)
+    return out
+
+
+def attend_tiles(
+    q: Tensor,  # [T, H, D]
+    k_cache: Tensor,  # [N, C, G, D]
+    v_cache: Tensor,  # [N, C, G, D]
+    block_tables: Tensor,  # [S, B] int32
+    tiles: Tensor,  # [W, 4] int32, see `query_tiles`; one without queries is left out
+    out: Tensor,  # [T, H, D] contiguous, written in the tiles' rows
+    scale: float,
+    sliding_window: int | None,
+) -> None:
+    """`prefill_attention` of the queries in the tiles."""
+    if len(tiles) == 0:
+        return
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
-    group = heads // kv_heads
-    # float32 is for comparisons: tiles that its registers hold.
-    wide = q.element_size() == 4
-    rows = max(32 if wide else _ROWS, power_of_2(group))
-    num_tiles, tiles = _tiles(tuple(query_lens), tuple(context_lens), rows // group, q.device)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if num_tiles == 0:
-        return out
     if q.stride(2) != 1:
         q = q.contiguous()
-    lanes = max(16, power_of_2(head_dim))
-    _prefill_kernel[(kv_heads, num_tiles)](
+    wide = q.element_size() == 4
+    _prefill_kernel[(kv_heads, len(tiles))](
         q,
         k_cache,
         v_cache,
@@ -186,14 +191,13 @@ def prefill_attention(
         block_tables.stride(0),
         0 if sliding_window is None else sliding_window,
         WINDOW=sliding_window is not None,
-        GROUP=group,
+        GROUP=heads // kv_heads,
         KV_HEADS=kv_heads,
         BLOCK=block_size,
         DIM=head_dim,
-        ROWS=rows,
-        LANES=lanes,
+        ROWS=tile_rows(heads // kv_heads, q.element_size()),
+        LANES=max(16, power_of_2(head_dim)),
         KEYS=_KEYS // 2 if wide else _KEYS,
         num_warps=4 if wide else 8,
         num_stages=2 if wide else 3,
     )
-    return out

@@ -36,10 +36,16 @@ def grouped_experts_forward(
 
     Weights of 8 bits are widened in registers. float32 sums; a prefill step rounds each weighted expert output to hidden's type, a decode step does not.
     """
+    phase, tiles = phase_and_tiles(hidden, w2, slots)
+    return run_with_tiles(hidden, w13, w2, slots, weights, phase, tiles, scales)
+
+
+def phase_and_tiles(hidden: Tensor, w2: Tensor, slots: Tensor) -> tuple[str, dict[str, TileConfig]]:
+    """How `weighted_outputs` is best computed."""
     (num_tokens, hidden_size), (num_slots, _, size), top_k = hidden.shape, w2.shape, slots.shape[1]
     dtype = str(hidden.dtype).removeprefix("torch.")
     shape = ExpertShape(num_slots, hidden_size, size, num_tokens, top_k, dtype, _device_name(hidden.device))
-    return run_with_tiles(hidden, w13, w2, slots, weights, shape.phase, expert_tiles(shape), scales)
+    return shape.phase, expert_tiles(shape)
 
 
 @lru_cache
@@ -58,9 +64,29 @@ def run_with_tiles(
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`grouped_experts_forward` in the given phase with the given block sizes."""
-    (num_tokens, hidden_size), (num_slots, _, size), top_k = hidden.shape, w2.shape, slots.shape[1]
+    out = torch.empty_like(hidden)
+    num_tokens, hidden_size = hidden.shape
     if num_tokens == 0:
-        return torch.empty_like(hidden)
+        return out
+    partial = weighted_outputs(hidden, w13, w2, slots, weights, phase, tiles, scales)
+    _combine_kernel[(num_tokens, triton.cdiv(hidden_size, _COMBINE_COLUMNS))](
+        partial, slots.contiguous(), out, hidden_size, TOP_K=slots.shape[1], COLUMNS=_COMBINE_COLUMNS, num_warps=4
+    )
+    return out
+
+
+def weighted_outputs(
+    hidden: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    phase: str,
+    tiles: dict[str, TileConfig],
+    scales: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """[T * K, M] the weighted output of each assignment's slot; rows of skipped assignments are undefined."""
+    (num_tokens, hidden_size), (num_slots, _, size), top_k = hidden.shape, w2.shape, slots.shape[1]
     hidden, slots, weights = hidden.contiguous(), slots.contiguous(), weights.contiguous()
     by_slot = phase == "decode"
     gate_up, down = tiles["gate_up"], tiles["down"]
@@ -103,11 +129,7 @@ def run_with_tiles(
     scale_13, scale_2 = (weights, weights) if scales is None else scales
     launch(_gate_up_kernel, hidden, w13, act, gate_up, scale_13, rows_per_input=top_k)
     launch(_down_kernel, act, w2, partial, down, scale_2, weights, rows_per_input=1)
-    out = torch.empty_like(hidden)
-    _combine_kernel[(num_tokens, triton.cdiv(hidden_size, _COMBINE_COLUMNS))](
-        partial, slots, out, hidden_size, TOP_K=top_k, COLUMNS=_COMBINE_COLUMNS, num_warps=4
-    )
-    return out
+    return partial
 
 
 @triton.jit
@@ -321,9 +343,16 @@ def _combine_kernel(
     """Grid (T, column blocks): the sum over k in ascending order, skipped assignments left out."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = sum_of_served(partial_ptr, slots_ptr, token, columns, hidden_size, TOP_K, COLUMNS)
+    tl.store(out_ptr + token * hidden_size + columns, total.to(out_ptr.dtype.element_ty), mask=columns < hidden_size)
+
+
+@triton.jit
+def sum_of_served(partial_ptr, slots_ptr, token, columns, hidden_size, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """[COLUMNS] float32: a token's outputs summed in ascending order, without those of skipped assignments."""
     total = tl.zeros([COLUMNS], tl.float32)
     for k in tl.static_range(TOP_K):
         served = tl.where(tl.load(slots_ptr + token * TOP_K + k) >= 0, hidden_size, 0)  # columns of it to add
         row = partial_ptr + (token * TOP_K + k) * hidden_size
         total += tl.load(row + columns, mask=columns < served, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * hidden_size + columns, total.to(out_ptr.dtype.element_ty), mask=columns < hidden_size)
+    return total

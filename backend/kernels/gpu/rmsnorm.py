@@ -31,10 +31,25 @@ def _rms_norm_kernel(
     start = row // rows_2 * stride_1 + row % rows_2 * stride_2
     x = tl.load(x_ptr + start + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        place = residual_ptr + row * size + column
-        total = (x + tl.load(place, mask=mask, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
-        tl.store(place, total, mask=mask)
-        x = total.to(tl.float32)
+        add_and_norm(x, residual_ptr, weight_ptr, out_ptr, row, column, size, eps)
+    else:
+        _store_norm(x, weight_ptr, out_ptr, row, column, size, eps)
+
+
+@triton.jit
+def add_and_norm(x, residual_ptr, weight_ptr, out_ptr, row, column, size, eps):
+    """Add x [SIZE] float32 to row `row` of the residual [*, size] and write the RMSNorm of the sum to that row of out."""
+    mask = column < size
+    place = residual_ptr + row * size + column
+    total = (x + tl.load(place, mask=mask, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
+    tl.store(place, total, mask=mask)
+    _store_norm(total.to(tl.float32), weight_ptr, out_ptr, row, column, size, eps)
+
+
+@triton.jit
+def _store_norm(x, weight_ptr, out_ptr, row, column, size, eps):
+    """Write the RMSNorm of x [SIZE] float32, 0 from `size` on, to row `row` of out [*, size]."""
+    mask = column < size
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + eps)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * size + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backend.kernels.reference.shared_slots import SharedSlots
+
 #: Bits of the fraction in which thresholds are compared and gate weights are summed.
 FRACTION_BITS = 16
 #: Mechanisms of `select_experts`; the others are those of `remap_experts`.
@@ -38,6 +40,7 @@ def remap_experts(
     similarity_min: Tensor | None = None,  # [] float32 (`reroute`)
     renormalize: bool = False,  # `united_top_k`: gate weights of the experts that are left sum to 1
     replaced: Tensor | None = None,  # [T] int32, in place: each token's assignments that its own experts do not serve
+    shared: SharedSlots | None = None,  # its slots are added: [T, K + F] instead of [T, K], see `add_shared_slots`
 ) -> tuple[Tensor, Tensor]:
     """Keep the most demanded experts, replace the others (BrownoutServe, Algorithm 1).
 
@@ -101,7 +104,8 @@ def remap_experts(
     if renormalize and mechanism == "united_top_k":
         left = weights / _ordered_sum(torch.where(valid, weights, 0.0))
         weights = torch.where(valid.all(1, keepdim=True), weights, left)
-    return _merge(slots, weights, moved_assignments.any(1, keepdim=True))
+    slots, weights = _merge(slots, weights, moved_assignments.any(1, keepdim=True))
+    return (slots, weights) if shared is None else shared.added_to(slots, weights, num_tokens)
 
 
 def select_experts(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,3 +28,18 @@ def add_shared_slots(
         always = torch.where((torch.arange(rows, device=slots.device) < num_tokens).unsqueeze(1), always, -1)
     share = torch.sigmoid(linear(hidden.float(), gate)).expand(rows, num_slots)
     return torch.cat([slots, always], 1), torch.cat([weights, share.to(weights.dtype)], 1)
+
+
+class SharedSlots(NamedTuple):
+    """What `remap_experts` takes to add the shared expert's slots on its way."""
+
+    hidden: Tensor  # [T, M]
+    gate: Tensor  # [1, M]
+    first_slot: int
+    num_slots: int
+
+    def added_to(
+        self, slots: Tensor, weights: Tensor, num_tokens: Tensor | None = None, add: Callable = add_shared_slots
+    ) -> tuple[Tensor, Tensor]:
+        """See `add_shared_slots`; `add` is another implementation of it."""
+        return add(self.hidden, self.gate, slots, weights, self.first_slot, self.num_slots, num_tokens)

@@ -20,8 +20,9 @@ from compile_for import CompileOnly
 from backend.kernels import gpu
 from backend.kernels.gpu import attention_prefill, router
 from backend.kernels.gpu.attention_decode import attend_in_splits
+from backend.kernels.reference.shared_slots import SharedSlots
 from backend.models.dummy import PREFIX, raw_config
-from backend.models.moe import num_folded
+from backend.models.moe import FOLDED_ROWS, num_folded
 from backend.models.registry import parse_config
 
 BLOCK_SIZE, NUM_BLOCKS, TABLE = 16, 1024, 256
@@ -67,6 +68,8 @@ def launch_all(shape: str, architecture: int) -> None:
         x = meta(rows, hidden)
         gpu.add_rms_norm(x, x, meta(hidden), 1e-6)
         gpu.rms_norm(x, meta(hidden), 1e-6)
+        choice = (meta(rows, top_k + shared, **long), meta(rows, top_k + shared, **wide))
+        gpu.experts_add_rms_norm(x, w13, w2, *choice, x, meta(hidden), 1e-6)
         qkv, angles = meta(rows, heads + 2 * groups, dim), meta(rows, dim // 2)
         norms = (meta(dim), meta(dim)) if config.qk_norm == "head" else ()
         gpu.rotate_and_store(qkv, angles, angles, cache, cache, meta(rows, **long), *norms)
@@ -87,13 +90,14 @@ def launch_all(shape: str, architecture: int) -> None:
                 ranking=ranking,
                 renormalize=config.norm_topk_prob,
                 replaced=meta(rows, dtype=torch.int32),
+                shared=SharedSlots(x, meta(1, hidden), slots, shared) if shared and rows <= FOLDED_ROWS else None,
             )
     int32 = {"dtype": torch.int32}
     for rows, splits in ((1, 1), (1, 8), (64, 1), (64, 8)):
         q = meta(rows, heads + 2 * groups, dim)[:, :heads]
         tables = (meta(rows, TABLE, **int32), meta(rows, **int32))
         attend_in_splits(q, cache, cache, *tables, 0.1, None, splits, 256)
-    with mock.patch.object(attention_prefill, "_tiles", lambda *_: (len(q), meta(len(q), 4, **int32))):
+    with mock.patch.object(attention_prefill, "_tiles", lambda *_: meta(len(q), 4, **int32)):
         for window in (None, 4096):
             gpu.prefill_attention(q, cache, cache, meta(1, TABLE, **int32), [len(q)], [len(q)], 0.1, window)
 

@@ -16,6 +16,7 @@ class Run:
         self.where = where
         self.device = torch.device("cpu" if where == "interpreter" else "cuda")
 
+    @torch.inference_mode()  # as in the engine: graphs of both kinds of tensors do not get along in one process
     def __call__(self, function: Callable, *args: object, **options: object) -> tuple:
         """Returns what the function returns and its positional arguments afterwards, tensors on the CPU."""
         static, result = _map(lambda x: x.to(self.device, copy=True), args), None

@@ -9,7 +9,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 
 from backend.kernels import gpu, reference
+from backend.kernels.gpu import attention_mixed
 from backend.kernels.gpu.attention_decode import attend_in_splits, num_splits
+from backend.kernels.query_tiles import query_tiles, tile_queries
 
 HEADS = [(1, 1, 6, torch.float32), (4, 2, 16, torch.bfloat16), (5, 1, 20, torch.float16)]
 
@@ -62,6 +64,13 @@ def test_splits_fill_the_processors_but_stay_worth_their_place() -> None:
     assert num_splits(programs=1024, longest=100_000, processors=132) == 1
 
 
+def test_splits_of_a_mixed_step_are_few_where_there_is_room_for_many_sequences() -> None:
+    assert [attention_mixed._num_splits(programs, 32_768, None) for programs in (512, 4096, 10**5)] == [16, 2, 1]
+    assert attention_mixed._num_splits(512, 32_768, sliding_window=4096) == 4
+    assert attention_mixed._num_splits(1, 500, None) == 1
+    assert attention_mixed._num_splits(1, 10**6, None) == 32
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype"), HEADS)
 @pytest.mark.parametrize(("block_size", "window"), [(16, None), (1, 5), (8, 70)])
 def test_prefill_attention(run, assert_near, block_size, window, heads, kv_heads, head_dim, dtype) -> None:
@@ -73,3 +82,33 @@ def test_prefill_attention(run, assert_near, block_size, window, heads, kv_heads
     out, _ = run(gpu.prefill_attention, q, k_cache, v_cache, *args)
     assert out.dtype == dtype
     assert_near(out, reference.prefill_attention(q.double(), k_cache.double(), v_cache.double(), *args))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "dtype"), HEADS)
+@pytest.mark.parametrize(("block_size", "window", "split_keys"), [(16, None, 1024), (8, 70, 1024), (16, None, 32)])
+def test_mixed_attention(
+    run, assert_near, monkeypatch, block_size, window, split_keys, heads, kv_heads, head_dim, dtype
+) -> None:
+    """Decodes, then prompts and the end of one; rows, places for sequences, and tiles that nobody needs."""
+    monkeypatch.setattr(attention_mixed, "_SPLIT_KEYS", split_keys)
+    monkeypatch.setattr(attention_mixed, "LEAST_SPLIT", 64)
+    lens, decodes, prompts, padding = [1, 17, 131, 130, 97, 33], 3, [130, 5, 33], 6
+    k_cache, v_cache, tables = make_cache(lens, block_size, kv_heads, head_dim, dtype)
+    tables = torch.cat([tables, torch.full((2, tables.shape[1]), 10**6, dtype=torch.int32)])
+    q = torch.randn(decodes + sum(prompts) + padding, heads, head_dim).to(dtype)
+    context_lens = torch.tensor([*lens[:decodes], *[0] * 5]).int()
+    queries = tile_queries(heads // kv_heads, q.element_size())
+    tiles = torch.from_numpy(query_tiles(prompts, lens[decodes:], queries, decodes, decodes))
+    tiles = torch.cat([tiles, torch.zeros(4, 4, dtype=torch.int32)])
+    args = (tables, context_lens, tiles, 0.3, window)
+    out, _ = run(gpu.mixed_attention, q, k_cache, v_cache, *args)
+    assert out.dtype == dtype
+
+    wide, cache = q.double(), (k_cache.double(), v_cache.double())
+    end = decodes + sum(prompts)
+    first = reference.decode_attention(wide[:decodes], *cache, tables[:decodes], context_lens[:decodes], 0.3, window)
+    chunks = (tables[decodes:6], prompts, lens[decodes:], 0.3, window)
+    expected = torch.cat([first, reference.prefill_attention(wide[decodes:end], *cache, *chunks)])
+    assert_near(out[:end], expected)
+    assert_near(reference.mixed_attention(wide, *cache, *args)[:end], expected)
+    assert not out[end:].any(), "rows without a token"

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 
 from backend.kernels import reference
 from backend.kernels.gpu.align import align
+from backend.kernels.gpu.experts_norm import experts_add_rms_norm
 from backend.kernels.gpu.grouped_experts import grouped_experts_forward, run_with_tiles
 from backend.kernels.tuning import TileConfig
 
@@ -87,6 +88,22 @@ def test_weights_with_a_factor_for_each_output_row(run, assert_near, phase: str,
     assert_near(out, reference.grouped_experts_forward(*wide, slots, weights))
     with_scales = reference.grouped_experts_forward(hidden.double(), w13, w2, slots, weights, scales)
     torch.testing.assert_close(with_scales, reference.grouped_experts_forward(*wide, slots, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_experts_with_residual_and_norm(run, assert_near, tokens: int, dtype: torch.dtype) -> None:
+    """Some assignments are skipped, and all of one token: its residual stays."""
+    args = make(tokens, 3, 40, 24, dtype)
+    slots, weights = torch.randint(-1, 3, (tokens, 2)), torch.rand(tokens, 2)
+    slots[-1] = -1
+    residual, norm = torch.randn(tokens, 40).to(dtype), torch.rand(40).to(dtype)
+    out, after = run(experts_add_rms_norm, *args, slots, weights, residual, norm, 1e-5)
+    total = residual.double() + exact(*args, slots, weights)
+    assert out.dtype == dtype
+    assert_near(after[5], total)
+    assert torch.equal(after[5][-1], residual[-1])
+    assert_near(out, reference.rms_norm(total, norm.double(), 1e-5))
 
 
 @pytest.mark.parametrize("tile", [1, 8])

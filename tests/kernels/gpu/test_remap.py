@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the GPU kernels need Triton's compiler")
 
 from backend.kernels import gpu, reference
 from backend.kernels.reference.remap import remap_experts
 
-#: Tokens, experts, top_k, way and padding; thresholds; whether half of the experts are missing.
+#: Tokens, experts, top_k, way and padding; thresholds; whether half of the experts are missing. The last two are more than one
+#: program looks at, those before are just what it does.
 CASES = [
     (1, 6, 2, 2, 0, (0.0, 0.0), False),
     (1, 6, 2, 2, 0, (0.3, 0.7), True),
@@ -18,6 +24,7 @@ CASES = [
     (19, 60, 4, 8, 3, (1.0, 1.0), True),
     (40, 9, 3, 4, 0, (0.5, 0.0), True),
     (40, 9, 3, 4, 0, (0.0, 0.0), False),
+    (128, 60, 8, 8, 5, (0.3, 0.7), False),
     (130, 12, 5, 3, 100, (1.0, 1.0), False),
     (130, 12, 5, 3, 100, (0.5, 0.0), True),
 ]
@@ -69,6 +76,43 @@ def test_slots_and_weights_are_the_references(
     used = expected_slots >= 0
     assert torch.equal(actual_weights[used], expected_weights[used])
     assert torch.equal(after[0], counts[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU each example would be compiled")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_step_is_the_references_in_one_launch_and_in_two(data: st.DataObject) -> None:
+    """The bound between them is moved, so that the same small steps go both ways."""
+    tokens, way, seed = (data.draw(st.integers(*bounds)) for bounds in ((1, 24), (2, 8), (0, 2**31)))
+    num_experts = data.draw(st.integers(2, 12))
+    top_k = data.draw(st.integers(1, min(6, num_experts)))
+    (experts, weights, slots), more = make(tokens, num_experts, top_k, way, seed)
+    for value in data.draw(st.lists(st.sampled_from([float("nan"), 0.0, 1e-9, 2000.0, -1.0]), max_size=3)):
+        weights[seed % tokens, -1] = value
+    slots[: data.draw(st.integers(0, num_experts // 2))] = -1
+    theta = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1, width=32))
+    thresholds = torch.tensor([data.draw(theta), data.draw(theta), 0.5, 1.0])
+    num_tokens = data.draw(st.one_of(st.none(), st.integers(0, tokens).map(torch.tensor)))
+    options = {
+        "united_slots": more["united"],
+        "mechanism": data.draw(st.sampled_from(["united", "united_top_k", "drop"])),
+        "ranking": data.draw(st.sampled_from(["count", "gate_mass"])),
+        "renormalize": data.draw(st.booleans()),
+    }
+
+    def results(function: Callable) -> tuple[torch.Tensor, ...]:
+        replaced = torch.zeros(tokens, dtype=torch.int32)
+        args = (experts, weights, slots, thresholds, more["token_class"], num_tokens)
+        new_slots, new_weights = function(*args, **options, replaced=replaced)
+        return new_slots, torch.where(new_slots >= 0, new_weights, 0.0), replaced
+
+    expected = results(remap_experts)
+    for few in (0, 2**10):
+        with mock.patch.object(gpu.remap, "_FEW", few):
+            found = results(gpu.remap_experts)
+        for actual, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_without_united_experts_everything_stays(run) -> None:

@@ -6,7 +6,7 @@ import time
 import torch
 
 from backend.config import EngineConfig
-from backend.engine import cuda_graphs, model_runner
+from backend.engine import cuda_graphs, warm_up
 from backend.models.dummy import raw_config
 from loadtest.bench import precompile
 from loadtest.bench.kernel_cases import Case
@@ -33,13 +33,15 @@ def test_engines_of_one_layer_share_the_sizes(monkeypatch):
 
     def engine(config: EngineConfig) -> None:
         layers = raw_config(config.checkpoint)["num_hidden_layers"]
-        seen.append((layers, cuda_graphs.buckets_for(20), model_runner._WARM_UP_TOKENS, config.max_batch_tokens))
+        buckets = [cuda_graphs.buckets_for(20), cuda_graphs.mixed_buckets_for(2048)]
+        seen.append((layers, buckets, warm_up.WARM_UP_TOKENS, config.max_batch_tokens))
 
     monkeypatch.setattr(precompile, "Engine", engine)
-    whole = cuda_graphs.buckets_for(20)
-    sizes = {*model_runner._WARM_UP_TOKENS, 2048}
-    assert sum(precompile.run_engine(CONFIG, part, 5, math.inf) for part in range(5)) == len(whole) + len(sizes)
+    whole = [cuda_graphs.buckets_for(20), cuda_graphs.mixed_buckets_for(2048)]
+    sizes = {*warm_up.WARM_UP_TOKENS, 2048}
+    assert sum(precompile.run_engine(CONFIG, part, 5, math.inf) for part in range(5)) == sum(map(len, [*whole, sizes]))
     assert {layers for layers, *_ in seen} == {1} and raw_config("dummy:tiny")["num_hidden_layers"] > 1
-    assert sorted(bucket for _, buckets, *_ in seen for bucket in buckets) == whole
+    for kind in range(2):
+        assert sorted(size for _, buckets, *_ in seen for size in buckets[kind]) == whole[kind]
     assert {size for _, _, prompts, _ in seen for size in prompts} == sizes
     assert all(most >= max(20, *prompts) for *_, prompts, most in seen if prompts)

@@ -71,6 +71,9 @@ class EngineConfig:
     #: Time to the first token that requests are for: one that can no longer get it in this time is refused early. Default:
     #: none is.
     shed_ttft_s: float | None = None
+    #: Mean time between tokens that requests are for: no more of them run at once than get theirs in this time. Default: as
+    #: many as max_running.
+    hold_itl_s: float | None = None
     #: `auto`, `triton` and `flash_attn` (GPU only; flash_attn needs its package and a block_size of 256) or `torch`.
     attention_backend: str = "auto"
     #: Replay decode steps, and those of up to 1024 tokens with prompts in them, as CUDA graphs: `auto` (on a GPU), `on`, `off`.
@@ -141,7 +144,8 @@ class EngineConfig:
             "kv_cache_blocks",
             "left out when kv_cache_memory is given",
         )
-        check(self.shed_ttft_s is None or self.shed_ttft_s > 0, "shed_ttft_s", "greater than 0 seconds")
+        for name in ("shed_ttft_s", "hold_itl_s"):
+            check(getattr(self, name) is None or getattr(self, name) > 0, name, "greater than 0 seconds")
         check(0 < self.exchange_timeout_s <= 3600, "exchange_timeout_s", "greater than 0 and at most 3600 seconds")
         check(0 <= self.drain_timeout_s <= 3600, "drain_timeout_s", "between 0 and 3600 seconds")
         _ = self.pool  # raises for unusable values

@@ -3,10 +3,10 @@
 python -m loadtest.overload --json results/overload/overload.json
 
 Starts a real Triton server, measures the capacity at full quality and the P90 latencies at 0.7 of it, and promises twice
-these. Against a server with early refusal and the controller beside it, it then sends open-loop loads of growing multiples
-of the capacity, equally long, the largest one last and followed by a calm time; and all of that again, for machines whose
-speed changes while it runs: medians over the rounds are compared. Goodput: requests per second that were completed with the
-first token and the mean time between tokens within the promise.
+these. Against a server that refuses early what it cannot serve in time, with the controller beside it, it then sends
+open-loop loads of growing multiples of the capacity, equally long, the largest one last and followed by a calm time; and all
+of that again, for machines whose speed changes while it runs: medians over the rounds are compared. Goodput: requests per
+second that were completed with the first token and the mean time between tokens within the promise.
 """
 
 from __future__ import annotations
@@ -149,6 +149,8 @@ class Overload:
             f"capacity {capacity:.1f} requests/s; promise: first token {ms(slo.ttft_s)}, between tokens {ms(slo.itl_s)}"
         )
         settings = self._settings() | {"MOE_LLM_SHED_TTFT_S": f"{slo.ttft_s:.4f}"}
+        if args.hold_itl:
+            settings["MOE_LLM_HOLD_ITL_S"] = f"{slo.itl_s:.4f}"
         results: list[LoadResult] = []
         with self._server(settings, "overload") as server, self._controller(server, slo):
             for number in range(1, args.rounds + 1):
@@ -273,6 +275,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--rounds", type=positive, default=3, help="times that all loads are sent, in turn (default 3)")
     add("--seconds", type=float, default=60.0, help="of every load (default 60)")
+    add(
+        "--hold-itl",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run no more requests at once than get their tokens in the promised time (hold_itl_s; default)",
+    )
     add("--law", default="predictive", help="the controller's law (default predictive)")
     add("--slo-ttft", type=float, metavar="S", help="promise this instead, with --slo-itl")
     add("--slo-itl", type=float, metavar="S")

@@ -158,7 +158,7 @@ class Engine:
             oldest_waiting_s=self._requests.oldest_waiting_s,
             kv_usage_ratio=self.blocks.num_in_use / self.blocks.num_blocks,
             max_batch_tokens=self.config.max_batch_tokens,
-            max_running=self.scheduler.max_running,
+            max_running=self.scheduler.limit,
             mean_output_tokens=self.counters.mean_output_tokens,
         )
 
@@ -347,7 +347,8 @@ class Engine:
         elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_model_len:
             reason = FINISH_LENGTH
         if reason is not None:
-            self.counters.finished(sequence.num_output)
+            computed = max(0, sequence.num_prompt - sequence.num_reused)
+            self.counters.finished(computed, sequence.num_output)
             self._remove(sequence, reason)
             self._end_if_finished(request)
         return TokenOutput(

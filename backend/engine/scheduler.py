@@ -60,6 +60,8 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         # Every running sequence computes at least one token a step, so there are never more than the budget holds.
         self.max_running = min(max_running, max_batch_tokens)
+        #: Where fewer than max_running are to run at once: those that do already go on, new ones wait.
+        self.limit = self.max_running
         self.running: list[Sequence] = []
         self._waiting = LazyHeap()
         self.num_preemptions = 0
@@ -70,8 +72,8 @@ class Scheduler:
 
     @property
     def num_free(self) -> int:
-        """Sequences that could run besides those that do."""
-        return self.max_running - len(self.running)
+        """Sequences that could run besides those that do; below 0 while more run than should."""
+        return self.limit - len(self.running)
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.push(sequence.sort_key, sequence)
@@ -123,7 +125,7 @@ class Scheduler:
             sequence.blocks.append(block)
         prefills = [sequence for sequence in self.running if sequence not in rows]
         previous_rows = [rows[sequence] for sequence in decodes]
-        work = self._with_chunks(decodes, prefills, self.max_running - len(decodes) - len(prefills))
+        work = self._with_chunks(decodes, prefills, self.limit - len(decodes) - len(prefills))
         work.previous_rows = previous_rows
         return work or None
 

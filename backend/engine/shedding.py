@@ -17,6 +17,10 @@ from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import Slowed, StepModel
 from backend.engine.request import Request
 
+#: Share of the limit that is kept for what the step model does not know, and how it changes: see Margin.
+_MARGIN = (0.15, 0.5)
+_MARGIN_GAIN = 0.02
+_LATE_SHARE = 0.02
 #: A refusal is to be with its client within 0.1 s, both ways included. Who was let pass longer ago than this is served.
 REFUSED_WITHIN_S = 0.07
 
@@ -88,6 +92,20 @@ class Pace(NamedTuple):
         chunks, rest = divmod(tokens, self.chunk)
         prefill_s = chunks * self.full_s + (self.one_s + (rest - 1) * self.token_s if rest else 0.0)
         return max(prefill_s, (ahead + 1 - self.free) * self.finish_s)
+
+
+class Margin:
+    """Share of the limit that is kept free: for noise, and for the way from and to the client.
+
+    It finds its own size: first tokens that come late raise it, others lower it, so that a certain share of them is late.
+    """
+
+    def __init__(self) -> None:
+        self.share = _MARGIN[0]
+
+    def served(self, late: bool) -> None:
+        """A first token has reached its client, late or in time."""
+        self.share = min(max(self.share + _MARGIN_GAIN * (late - _LATE_SHARE), _MARGIN[0]), _MARGIN[1])
 
 
 def late_requests(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_OUTPUT_SMOOTHING = 0.05
+_SMOOTHING = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,15 @@ class EngineCounters:
     requests_shed: int = 0
     #: Of sequences that ended by themselves, smoothed over the last some 20; 0 before the first.
     mean_output_tokens: float = 0.0
+    #: Of these, the prompt tokens that were computed: without those found in the prefix cache.
+    mean_prompt_tokens: float = 0.0
     #: Tokens of the last call of `step`; both 0 if it had nothing to compute.
     step_prefill_tokens: int = 0
     step_decode_tokens: int = 0
 
-    def finished(self, num_output: int) -> None:
-        """Count a sequence that has ended by itself after so many tokens."""
+    def finished(self, num_prompt: int, num_output: int) -> None:
+        """Count a sequence that has ended by itself after so many tokens, and so many computed ones of its prompt."""
         self.sequences_finished += 1
-        mean = self.mean_output_tokens or num_output
-        self.mean_output_tokens = mean + _OUTPUT_SMOOTHING * (num_output - mean)
+        weight = max(_SMOOTHING, 1 / self.sequences_finished)
+        self.mean_prompt_tokens += weight * (num_prompt - self.mean_prompt_tokens)
+        self.mean_output_tokens += weight * (num_output - self.mean_output_tokens)

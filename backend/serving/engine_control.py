@@ -15,8 +15,9 @@ from backend.brownout.buckets import bucket_of
 from backend.brownout.control import SettingsReader
 from backend.brownout.step_model import Slowed, StepModel, StepSample
 from backend.engine.admission import QueueState
+from backend.engine.concurrency import Concurrency
 from backend.engine.engine import Engine, Event
-from backend.engine.shedding import Pace
+from backend.engine.shedding import Margin, Pace
 from backend.engine.speed import measure_steps
 from backend.errors import ConfigError
 
@@ -27,11 +28,7 @@ WRITE_PERIOD_S = 0.02
 #: Slot usage reads the device.
 _USAGE_PERIOD_S = 0.5
 _SHED_PERIOD_S = 0.01
-#: Share of the limit that is kept for what the step model does not know: noise, and the way from and to Triton. It finds its
-#: own size: first tokens that come late raise it, others lower it, so that this share of those served is late.
-_MARGIN = (0.15, 0.5)
-_MARGIN_GAIN = 0.02
-_LATE_SHARE = 0.02
+_HOLD_PERIOD_S = 0.1
 #: The model remembers hundreds of steps, but how fast they go may change within a second, as others use the processors. So
 #: its predictions are taken times the last steps' mean deviation from it: the weight of one step, and bounds.
 _SLOWDOWN_SMOOTHING, _SLOWDOWN = 0.1, (0.5, 5.0)
@@ -60,16 +57,21 @@ class EngineControl:
         self._ttft, self._itl = row["ttft_counts"], row["itl_counts"]
         self._num_steps = self._num_prefill = self._num_decode = 0
         self._max_gap_s = 0.0
-        self._margin = _MARGIN[0]
+        self._margin = Margin()
         self._model = StepModel()
         self._slowdown = 1.0
-        self._next_write_s = self._next_usage_s = self._next_shed_s = 0.0
+        config, most = engine.config, engine.scheduler.max_running
+        self._concurrency = (
+            None if config.hold_itl_s is None else Concurrency(config.hold_itl_s, most, config.max_batch_tokens)
+        )
+        self._learns = config.shed_ttft_s is not None or self._concurrency is not None
+        self._next_write_s = self._next_usage_s = self._next_shed_s = self._next_hold_s = 0.0
         #: Of an engine that refuses nothing early.
         self._state = QueueState(generation, 0.0, 0.0, 0, 0, 0, False, math.inf, math.nan, Pace(1, 0, 0, 0, 1, 0))
 
     def learn_speed(self) -> None:
-        """If requests may be refused early, find out how long steps take: before there are any."""
-        if self._engine.config.shed_ttft_s is not None:
+        """If requests may be refused early or held back, find out how long steps take: before there are any."""
+        if self._learns:
             for step in measure_steps(self._engine):
                 self._learn(step)
 
@@ -102,8 +104,9 @@ class EngineControl:
             settings.threshold_prefill,
             settings.threshold_decode,
         )
-        if self._engine.config.shed_ttft_s is not None:
+        if self._learns:
             self._learn(StepSample(seconds, prefill, decode, settings.threshold_prefill, settings.threshold_decode))
+            self._hold()
         self._num_steps += 1
         self._num_prefill += prefill
         self._num_decode += decode
@@ -117,13 +120,31 @@ class EngineControl:
             self._slowdown += _SLOWDOWN_SMOOTHING * (ratio - self._slowdown)
         self._model.update(step)
 
+    def _hold(self) -> None:
+        """Let as many run at once as get their tokens in time, if that is configured and the engine's speed is known."""
+        now = time.monotonic()
+        if self._concurrency is None or not self._model.ready or now < self._next_hold_s:
+            return
+        self._next_hold_s = now + _HOLD_PERIOD_S
+        counters = self._engine.counters
+        lengths = counters.mean_prompt_tokens, counters.mean_output_tokens
+        self._engine.scheduler.limit = self._concurrency.update(self._present_model(), *lengths, *self._deepest())
+
+    def _present_model(self) -> Slowed:
+        return Slowed(self._model, self._slowdown)
+
+    def _deepest(self) -> tuple[float, float]:
+        """Thresholds for prefill and decode: the present ones, or the lowest that the controller may choose."""
+        settings, floor = self._engine.settings, self._settings.floor
+        return min(settings.threshold_prefill, floor), min(settings.threshold_decode, floor)
+
     def shed(self) -> list[Event]:
         """End requests that come too late, if that is configured and the engine's speed is known."""
         limit_s, now = self._engine.config.shed_ttft_s, time.monotonic()
         if limit_s is None or not self._model.ready or now < self._next_shed_s:
             return []
         self._next_shed_s = now + _SHED_PERIOD_S
-        return self._engine.shed(Slowed(self._model, self._slowdown), limit_s, self._settings.floor, self._margin)
+        return self._engine.shed(self._present_model(), limit_s, self._settings.floor, self._margin.share)
 
     def announce(self, seen_s: float) -> None:
         """Tell the stubs how the queue stands: before a step, and when there is nothing left to do.
@@ -141,8 +162,8 @@ class EngineControl:
         else:
             load, settings, now = engine.load(), engine.settings, time.monotonic()
             thetas = settings.threshold_prefill, settings.threshold_decode
-            model = Slowed(self._model, self._slowdown)
-            pace = Pace.of(model, load, *(min(theta, self._settings.floor) for theta in thetas))
+            model = self._present_model()
+            pace = Pace.of(model, load, *self._deepest())
             prefill = min(pace.chunk, load.waiting_tokens - (0 if pace.free > 0 else requests.waiting_tokens))
             step_s = float(model.predict_s(prefill, load.running, *thetas)) if engine.has_work else 0.0
             state = state._replace(
@@ -150,7 +171,7 @@ class EngineControl:
                 tokens=load.waiting_tokens - prefill,
                 max_priority=max((priority for priority, _ in requests.waiting_classes), default=_LEAST),
                 any_auto=any(auto for _, auto in requests.waiting_classes),
-                allowed_s=limit_s * (1 - self._margin),
+                allowed_s=limit_s * (1 - self._margin.share),
                 pace=pace,
             )
         self._block.write_queue(self._index, np.array([state], QUEUE))
@@ -161,8 +182,7 @@ class EngineControl:
         for seconds in ttft_s:
             self._ttft[bucket_of(seconds)] += 1
             if limit_s is not None:
-                margin = self._margin + _MARGIN_GAIN * ((seconds > limit_s) - _LATE_SHARE)
-                self._margin = min(max(margin, _MARGIN[0]), _MARGIN[1])
+                self._margin.served(late=seconds > limit_s)
         for gap_s, tokens in gaps:
             self._itl[bucket_of(gap_s / tokens)] += tokens
             self._max_gap_s = max(self._max_gap_s, gap_s)

@@ -15,7 +15,9 @@ import numpy as np
 
 from backend.brownout.queue_model import EngineLoad
 from backend.brownout.step_model import StepModel, StepSample
-from backend.engine.shedding import Pace, Waiting, late_requests
+from backend.engine.concurrency import Concurrency
+from backend.engine.shedding import Margin, Pace, Waiting, late_requests
+from backend.engine.stats import EngineCounters
 from controller.laws import Decision, Law
 from controller.reading import EngineReading, Reading
 
@@ -108,11 +110,22 @@ class Simulation:
     """Runs jobs through a plant under a law that is asked every `period_s`."""
 
     def __init__(
-        self, plant: Plant, law: Law, *, period_s: float = 0.25, shed_ttft_s: float | None = None, seed: int = 0
+        self,
+        plant: Plant,
+        law: Law,
+        *,
+        period_s: float = 0.25,
+        shed_ttft_s: float | None = None,
+        hold_itl_s: float | None = None,
+        seed: int = 0,
     ) -> None:
-        """`shed_ttft_s`: refuse early as the engine does with this parameter."""
+        """`shed_ttft_s`, `hold_itl_s`: refuse early and hold back as the engine does with these parameters."""
         self._plant, self._law, self._period_s, self._shed_ttft_s = plant, law, period_s, shed_ttft_s
-        self._model = StepModel()
+        self._limit, self._counters = plant.max_running, EngineCounters()
+        self._concurrency = None
+        if hold_itl_s is not None:
+            self._concurrency = Concurrency(hold_itl_s, plant.max_running, plant.max_batch_tokens)
+        self._model, self._margin = StepModel(), Margin()
         self._random = np.random.default_rng(seed)
         self._waiting: deque[_Live] = deque()
         self._running: list[_Live] = []
@@ -122,7 +135,6 @@ class Simulation:
         self._ttft: deque[tuple[float, float]] = deque()
         self._itl: deque[tuple[float, float]] = deque()
         self._arrivals: deque[tuple[float, int]] = deque()
-        self._mean_output = 0.0
 
     def run(self, jobs: Sequence[Job], end_s: float) -> Outcome:
         """Until `end_s`; what has not ended by then is left out."""
@@ -140,6 +152,8 @@ class Simulation:
                 now = self._step(now, outcome)
             else:
                 now = min([next_control, end_s] + [job.arrival_s for job in list(coming)[:1]])
+            if self._concurrency is not None and self._model.ready:
+                self._hold(self._concurrency)
             if now >= next_control:
                 decision = self._law.update(self._reading(now), self._period_s)
                 self._theta = (decision.threshold_prefill, decision.threshold_decode)
@@ -147,16 +161,21 @@ class Simulation:
                 next_control = now + self._period_s
         return outcome
 
+    def _hold(self, concurrency: Concurrency) -> None:
+        lengths = self._counters.mean_prompt_tokens, self._counters.mean_output_tokens
+        self._limit = concurrency.update(self._model, *lengths, *self._deepest())
+
+    def _deepest(self) -> tuple[float, float]:
+        limits = self._law.limits
+        return min(self._theta[0], limits.min_threshold_prefill), min(self._theta[1], limits.min_threshold_decode)
+
     def _shed(self, now: float, limit_s: float, outcome: Outcome) -> None:
         queue = [
             Waiting(live, now - live.job.arrival_s, live.prompt_left, accepted=live.accepted) for live in self._waiting
         ]
         started = sum(live.prompt_left for live in self._running)
-        limits = self._law.limits
-        theta_prefill = min(self._theta[0], limits.min_threshold_prefill)
-        theta_decode = min(self._theta[1], limits.min_threshold_decode)
-        pace = Pace.of(self._model, self._load(now), theta_prefill, theta_decode)
-        refusals = late_requests(pace, started, queue, limit_s)
+        pace = Pace.of(self._model, self._load(now), *self._deepest())
+        refusals = late_requests(pace, started, queue, limit_s, self._margin.share)
         for live in self._waiting:
             live.accepted = True
         for refusal in refusals:
@@ -172,7 +191,7 @@ class Simulation:
         while budget > 0:
             if prefilling:
                 live = prefilling.pop(0)
-            elif self._waiting and len(self._running) < plant.max_running:
+            elif self._waiting and len(self._running) < self._limit:
                 live = self._waiting.popleft()
                 self._running.append(live)
             else:
@@ -185,8 +204,7 @@ class Simulation:
         seconds = plant.step_s(prefill, decode, theta_prefill, theta_decode) * noise
         sample = StepSample(seconds, prefill, decode, theta_prefill, theta_decode)
         self._steps.append(sample)
-        if self._shed_ttft_s is not None:
-            self._model.update(sample)
+        self._model.update(sample)
         outcome.thetas += [(theta_prefill, prefill), (theta_decode, decode)]
         end = now + seconds
         for live in decoding:
@@ -199,12 +217,13 @@ class Simulation:
                 live.output, live.first_s = 1, end
                 self._ttft.append((end, end - live.job.arrival_s))
                 outcome.ttft_s.append(end - live.job.arrival_s)
+                if self._shed_ttft_s is not None:
+                    self._margin.served(late=outcome.ttft_s[-1] > self._shed_ttft_s)
         for live in [live for live in self._running if live.output >= live.job.output_tokens]:
             self._running.remove(live)
             gaps_s = (end - live.first_s) / max(live.output - 1, 1)
             outcome.finished.append((end, live.first_s - live.job.arrival_s, gaps_s))
-            previous = self._mean_output or live.output
-            self._mean_output = previous + 0.05 * (live.output - previous)
+            self._counters.finished(live.job.prompt_tokens, live.output)
         return end
 
     def _reading(self, now: float) -> Reading:
@@ -236,8 +255,8 @@ class Simulation:
             oldest_waiting_s=now - self._waiting[0].job.arrival_s if self._waiting else 0.0,
             kv_usage_ratio=0.5,
             max_batch_tokens=self._plant.max_batch_tokens,
-            max_running=self._plant.max_running,
-            mean_output_tokens=self._mean_output,
+            max_running=self._limit,
+            mean_output_tokens=self._counters.mean_output_tokens,
         )
 
 

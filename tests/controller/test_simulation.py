@@ -85,6 +85,23 @@ def test_far_beyond_capacity_early_refusal_keeps_the_service_useful() -> None:
     assert len(runs[3.0].refused_after_s) > 20
 
 
+def test_where_dimming_is_not_enough_fewer_run_and_those_are_in_time() -> None:
+    """With nothing or little to dim, early refusal alone lets so many run at once that no one's tokens are in time."""
+    itl_s, span_s = 0.06, 60.0
+    limits = Limits(0.5, itl_s, 0.9, 0.9)
+    held, free = {}, {}
+    for share in (1.0, 2.0, 3.0):
+        rate = share * CAPACITY_RPS
+        jobs = poisson_jobs(
+            lambda _, rate=rate: rate, span_s, max_rate=rate, prompt_tokens=PROMPT, output_tokens=OUTPUT, seed=3
+        )
+        for runs, hold_itl_s in ((held, itl_s), (free, None)):
+            simulation = Simulation(PLANT, Predictive(limits), shed_ttft_s=0.5, hold_itl_s=hold_itl_s, seed=1)
+            runs[share] = simulation.run(jobs, span_s).goodput_rps(0.5, itl_s, span_s)
+    assert held[3.0] >= 0.9 * max(*held.values(), *free.values())
+    assert free[3.0] < 0.1 * held[3.0]
+
+
 @pytest.mark.parametrize("law", [Salc, Predictive])
 def test_full_quality_comes_back_after_a_burst(law: type) -> None:
     jobs = steady(2.0, 10) + [Job(job.arrival_s + 10, job.prompt_tokens, job.output_tokens) for job in steady(0.3, 40)]

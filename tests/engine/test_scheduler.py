@@ -156,6 +156,17 @@ def test_no_never_sequence_stands_on_blocks_that_are_not_pristine(seed, num_bloc
         scheduler.blocks.check()
 
 
+def test_a_lower_limit_lets_who_runs_go_on_and_the_others_wait() -> None:
+    scheduler = make_scheduler(max_running=3, max_batch_tokens=6)
+    for number in range(4):
+        scheduler.add(make_sequence([number], max_tokens=3 + number, arrival=number))
+    assert len(run_step(scheduler).sequences) == 3
+    scheduler.limit = 1
+    assert scheduler.num_free == -2
+    assert [len(run_step(scheduler).sequences) for _ in range(5)] == [3, 3, 2, 1, 1]
+    assert scheduler.num_waiting == 0
+
+
 @settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**32),
@@ -188,10 +199,12 @@ def test_random_traces_keep_every_promise(seed, num_blocks, block_size, max_batc
             number = rng.choice(list(alive))
             scheduler.remove(alive.pop(number), "abort")
             del expected[number]
-        first_running = scheduler.running[0] if scheduler.running else None
+        if rng.random() < 0.1:
+            scheduler.limit = rng.randint(1, max_running)
+        first_running, num_running = scheduler.running[0] if scheduler.running else None, len(scheduler.running)
         work = run_step(scheduler, next_token=lambda s: len(s.tokens) % 3)
         assert sum(work.num_tokens) <= max_batch_tokens
-        assert len(scheduler.running) <= max_running
+        assert len(scheduler.running) <= max(scheduler.limit, num_running) <= max_running
         assert [n == 1 for n in work.num_tokens] == sorted((n == 1 for n in work.num_tokens), reverse=True)
         assert len(set(map(id, work.sequences))) == len(work.sequences)
         scheduler.blocks.check()

@@ -164,6 +164,30 @@ def test_an_engine_knows_its_speed_before_the_first_request(block: Block) -> Non
     assert (row["num_steps"], row["requests"], row["prefill_tokens"], row["num_layers"]) == (0, 0, 0, 0)
 
 
+def test_no_more_run_at_once_than_get_their_tokens_in_time(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting what the controller may still dim; telemetry says how many, the stubs hear that a new one has to wait."""
+    monkeypatch.setattr(engine_control, "_HOLD_PERIOD_S", 0.0)
+    parameters = {"checkpoint": "dummy:tiny", "kv_cache_blocks": 64, "shed_ttft_s": 1.0, "hold_itl_s": 0.02}
+    engine = Engine(EngineConfig(**parameters))
+    control = EngineControl(engine, block, 2, 7)
+    control._model.learn(measured_steps())
+    for name in "abc":
+        add(engine, name, 2)
+    run(engine, control)
+    assert engine.scheduler.limit == 256, "lengths of answers are not known before one has ended"
+    run(engine, control)
+    first = engine.scheduler.limit
+    assert 1 <= first < 10
+    assert block.read_telemetry(2)["max_running"] == first
+    control.announce(0.0)
+    assert block.read_queue(2)["pace"]["free"] == first
+    Lease.none(Settings(version=1)).granted(Settings(), "me", 5.0, time.monotonic(), floor=0.0).write(block)
+    for name in "defghijklmnop":
+        add(engine, name, 2)
+        run(engine, control)
+    assert engine.scheduler.limit > first
+
+
 def at_the_door(engine: Engine, control: EngineControl, block: Block, count: int) -> int:
     """So many requests that come at once, and of which the engine takes notice only now; how many are let pass."""
     control.announce(0.0)

@@ -291,7 +291,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    console = Console()
+    # A file has no width; the table has 110 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         result = Overload(args, console).run()
     except (ConfigError, UnavailableError) as error:

@@ -142,10 +142,6 @@ def quality_of_run(
     )
 
 
-def quality_path(records_path: Path) -> Path:
-    return records_path.with_suffix(".quality.json")
-
-
 def read_run_profile(records_path: Path, profile: Path | None = None) -> Profile | None:
     """The named profile, or that in the folder of a run's records if there is one; ConfigError for an unusable one."""
     beside = records_path.parent / PROFILE_NAME

@@ -12,7 +12,7 @@ import numpy as np
 from backend.brownout.profile import Profile
 from backend.errors import ConfigError
 from loadtest.control_log import read_course
-from loadtest.quality import Quality, curve_of_run, quality_of_run, quality_path, read_run_profile
+from loadtest.quality import curve_of_run, quality_of_run, read_run_profile
 from loadtest.record import RequestRecord, Slo, read_records, weighted_percentile
 from loadtest.results import Latency, RunSummary, itl_latencies, summary_path, ttft_latencies
 from loadtest.telemetry import Sample, with_thresholds
@@ -34,16 +34,15 @@ class RunData:
         records: Sequence[RequestRecord],
         samples: Sequence[Sample] = (),
         profile: Profile | None = None,
-        quality: Quality | None = None,
     ) -> None:
-        """`profile` tells the quality lost over time; without one it may be known as `quality`."""
+        """`profile` tells the quality lost over time."""
         self.name = name
         self.summary = summary
         self._start_s = summary.run.started_monotonic_s
         self._records = records
         self._samples = samples
         self._profile = profile
-        self.quality = quality_of_run(records, samples, profile) if profile else quality
+        self.quality = quality_of_run(records, samples, profile) if profile else None
         ends = [r.end_s - self._start_s for r in records if r.end_s is not None]
         self.length_s = max([summary.run.duration_s, *ends])
         self.window_s = max(_MIN_WINDOW_S, summary.run.duration_s / _MAX_WINDOWS)
@@ -124,15 +123,11 @@ def load_run(text: str, profile: Path | None = None) -> RunData:
     try:
         summary = msgspec.json.decode(summary_path(path).read_bytes(), type=RunSummary)
         records = read_records(path)
-        known = quality_path(path)
-        quality = msgspec.json.decode(known.read_bytes(), type=Quality) if known.is_file() else None
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"run {path}: its records or what lies beside them ({path.stem}.*) are unusable: {error}"
         ) from None
-    return RunData(
-        name or summary.run.name, summary, records, read_course(path), read_run_profile(path, profile), quality
-    )
+    return RunData(name or summary.run.name, summary, records, read_course(path), read_run_profile(path, profile))
 
 
 def _records_file(path: Path) -> Path:

@@ -7,7 +7,6 @@ import msgspec
 import pytest
 
 from backend.brownout.profile import Level, Profile, write_profile
-from loadtest.quality import Quality, quality_path
 from loadtest.record import RequestRecord, Slo
 from loadtest.report.__main__ import main
 from loadtest.report.run_data import load_run
@@ -96,20 +95,17 @@ def test_a_folder_names_its_only_run(tmp_path):
     assert load_run(f"other={tmp_path}").name == "other"
 
 
-@pytest.mark.parametrize("known_by", ["profile", "quality"])
-def test_the_price_in_quality_is_said_and_drawn(tmp_path, known_by):
-    """From a profile beside the run over time; from a figure without a line."""
+def test_the_price_in_quality_is_said_and_drawn(tmp_path):
+    """From a profile beside the run."""
     path = write(tmp_path, "on", 0.2)
+    assert main([str(path), "--output", str(tmp_path / "without")]) == 0
+    assert "answers lost" not in (tmp_path / "without" / "report.html").read_text()
+    assert not (tmp_path / "without" / "quality.png").exists()
     levels = (Level("united", 0, 1.0, 1.0, 0.0, 9, 4, 1.0), Level("united", 8, 0.0, 0.0, 3.0, 9, 4, 0.7))
-    if known_by == "profile":
-        write_profile(tmp_path / "brownout-profile.json", Profile("ck", "f" * 32, 32, "letter", levels))
-    else:
-        quality = Quality(mean_loss_percent=1.5, max_loss_percent=1.5, measure="letter")
-        quality_path(path).write_bytes(msgspec.json.encode(quality))
+    write_profile(tmp_path / "brownout-profile.json", Profile("ck", "f" * 32, 32, "letter", levels))
     assert main([str(path), "--output", str(tmp_path / "report")]) == 0
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "1.5% of right multiple-choice answers lost" in page
-    assert (tmp_path / "report" / "quality.png").is_file() == (known_by == "profile")
+    assert "1.5% of right multiple-choice answers lost" in (tmp_path / "report" / "report.html").read_text()
+    assert (tmp_path / "report" / "quality.png").is_file()
 
 
 def test_rates_hold_every_request_and_token(tmp_path):

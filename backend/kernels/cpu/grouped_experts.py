@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numba import get_num_threads, prange
 from torch import Tensor
 
-from backend.kernels.cpu import bfloat16
+from backend.kernels.cpu import bfloat16, tiles
 from backend.kernels.cpu.bfloat16 import put, rows_times
 from backend.kernels.cpu.compiled import ONE, ZERO, as_array, exp, kernel, parallel_kernel, words
 from backend.kernels.cpu.linear import matmul_into
 from backend.kernels.cpu.panel_layers import mlp_panels, panels_of_slots, pays
 from backend.kernels.cpu.panels import TOKENS
+from backend.kernels.cpu.tile_layers import mlp_tiles, tiles_pay
 from backend.kernels.reference.grouped_experts import grouped_experts_forward as reference
 
 #: Average rows per active slot up to which the compiled kernel is faster than matrix products.
@@ -53,14 +56,17 @@ def slot_outputs(
     x = hidden.to(w13.dtype if direct else torch.float32).contiguous()
     if direct:
         first, rows = panels_of_slots(span)
-        if pays(len(order), int(first[-1])):
-            return _panels(x, w13, w2, active, span, order, top_k, first), rows
+        tiled = tiles.available()
+        if (tiles_pay if tiled else pays)(len(order), int(first[-1])):
+            multiply = mlp_tiles if tiled else mlp_panels
+            return _panels(multiply, x, w13, w2, active, span, order, top_k, first), rows
     few = direct or len(order) <= FEW_ROWS * len(active)
     outputs = _few_rows if few else _many_rows
     return outputs(x, w13, w2, active, span, order, top_k), np.arange(len(order))
 
 
 def _panels(
+    multiply: Callable,
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
@@ -74,7 +80,7 @@ def _panels(
     panels, act = (torch.empty(count, length // 2, TOKENS, dtype=torch.int32) for length in (hidden, size))
     y = torch.empty(count * TOKENS, hidden).numpy()
     weights = as_array(w13), as_array(w2)
-    mlp_panels(words(x), *weights, words(panels), words(act), y, active, span, first, order, top_k, get_num_threads())
+    multiply(words(x), *weights, words(panels), words(act), y, active, span, first, order, top_k, get_num_threads())
     return y
 
 

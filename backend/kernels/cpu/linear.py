@@ -1,12 +1,14 @@
 """Dense linear layers, and the matrix product that they share with the experts.
 
 Few rows are bound by reading the weights: 16-bit ones are read where they are, by a compiled kernel. Many rows are bound by
-arithmetic and go to torch's matrix products, in the type that this processor multiplies fast.
+arithmetic and go to torch's matrix products, in the type that this processor multiplies fast; on a processor with a matrix
+unit a kernel of our own is faster for any number of rows.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 from numba import get_num_threads, prange
 from torch import Tensor
 
-from backend.kernels.cpu import bfloat16
+from backend.kernels.cpu import bfloat16, tiles
 from backend.kernels.cpu.bfloat16 import rows_times
 from backend.kernels.cpu.compiled import as_array, parallel_kernel, words
 from backend.kernels.cpu.panel_layers import matrix_panels, pays
 from backend.kernels.cpu.panels import ROWS, TOKENS
+from backend.kernels.cpu.tile_layers import ROWS_AT_ONCE, matrix_tiles
 
 #: Rows up to which the compiled kernel beats widening 16-bit weights for a float32 product.
 FEW_ROWS = 48
@@ -35,8 +38,9 @@ _scratch = threading.local()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in], weight [out, in] of any floating type, bias [out] of x's type -> [T, out] of x's type."""
-    if _fits_panels(x, weight):
-        out = _panels(x, weight)
+    panels_kernel = _panels_kernel(x, weight)
+    if panels_kernel is not None:
+        out = _panels(x, weight, panels_kernel)
     else:
         out = torch.empty(x.shape[0], weight.shape[0])
         matmul_into(x.float(), weight, out)
@@ -78,20 +82,24 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
             _multiply(x, widened, out[:, start : start + step])
 
 
-def _fits_panels(x: Tensor, weight: Tensor) -> bool:
-    """Whether there are enough rows for panels, but not enough for a library's matrix product."""
+def _panels_kernel(x: Tensor, weight: Tensor) -> Callable | None:
+    """What multiplies these by panels, if that is the fastest way."""
     rows = len(x)
-    if rows > FEW_ROWS or weight.shape[0] % ROWS or not bfloat16.multiplies(weight):
-        return False
-    return pays(rows, -(-rows // TOKENS))
+    if not bfloat16.multiplies(weight):
+        return None
+    if tiles.available() and weight.shape[0] % ROWS_AT_ONCE == 0:
+        return matrix_tiles
+    # Enough rows for panels, but not enough for a library's matrix product.
+    few = rows <= FEW_ROWS and weight.shape[0] % ROWS == 0
+    return matrix_panels if few and pays(rows, -(-rows // TOKENS)) else None
 
 
-def _panels(x: Tensor, weight: Tensor) -> Tensor:
+def _panels(x: Tensor, weight: Tensor, multiply: Callable) -> Tensor:
     count = -(-len(x) // TOKENS)
     panels = torch.empty(count, weight.shape[1] // 2, TOKENS, dtype=torch.int32)
     y = torch.empty(count * TOKENS, weight.shape[0])
     x = x.to(weight.dtype).contiguous()
-    matrix_panels(words(x), as_array(weight), words(panels), y.numpy(), get_num_threads())
+    multiply(words(x), as_array(weight), words(panels), y.numpy(), get_num_threads())
     return y[: len(x)]
 
 

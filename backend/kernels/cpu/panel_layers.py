@@ -54,7 +54,7 @@ def mlp_panels(x, w13, w2, panels, act, y, active, span, first, order, top_k, pa
     for s in prange(num_active):
         for n in range(first[s], first[s + 1]):
             begin = span[s] + (n - first[s]) * TOKENS
-            _fill_panel(panels, n, x, order, begin, min(begin + TOKENS, span[s + 1]), top_k)
+            fill_panel(panels, n, x, order, begin, min(begin + TOKENS, span[s + 1]), top_k)
 
     rows_of_part = (size // ROWS + parts - 1) // parts * ROWS
     for job in prange(parts * num_active):
@@ -68,13 +68,13 @@ def mlp_panels(x, w13, w2, panels, act, y, active, span, first, order, top_k, pa
                 two_panels_to_lanes(matrix, r, panels, n, gates)
                 two_panels_to_lanes(matrix, size + r, panels, n, ups)
                 for j in range(2):
-                    _activate(gates, ups, 2, j, act, n + j, r)
+                    activate(gates, ups, 2, j, act, n + j, r, ROWS)
             n += 2
         if n < first[s + 1]:
             for r in range(first_row, last_row, ROWS):
                 panel_to_lanes(matrix, r, panels, n, gates)
                 panel_to_lanes(matrix, size + r, panels, n, ups)
-                _activate(gates, ups, 1, 0, act, n, r)
+                activate(gates, ups, 1, 0, act, n, r, ROWS)
 
     rows_of_part = (hidden // ROWS + parts - 1) // parts * ROWS
     for job in prange(parts * num_active):
@@ -92,7 +92,7 @@ def mlp_panels(x, w13, w2, panels, act, y, active, span, first, order, top_k, pa
 
 
 @kernel
-def _fill_panel(panels, n, x, order, begin, end, top_k):
+def fill_panel(panels, n, x, order, begin, end, top_k):
     """panels[n] [M / 2, 16] = the tokens of assignments begin … end - 1, those that are missing as copies of the last."""
     tokens = np.empty(TOKENS, np.int64)
     for lane in range(TOKENS):
@@ -103,9 +103,9 @@ def _fill_panel(panels, n, x, order, begin, end, top_k):
 
 
 @kernel
-def _activate(gates, ups, count, j, act, n, first_row):
-    """silu(gate) * up of `ROWS` rows and panel j of `count` into act[n] [I / 2, 16], in pairs of rows."""
-    for pair in range(ROWS // 2):
+def activate(gates, ups, count, j, act, n, first_row, rows):
+    """silu(gate) * up of `rows` rows and panel j of `count` into act[n] [I / 2, 16], in pairs of rows."""
+    for pair in range(rows // 2):
         low = (2 * pair * count + j) * TOKENS
         high = low + count * TOKENS
         for lane in range(TOKENS):
@@ -123,7 +123,7 @@ def matrix_panels(x, weight, panels, y, parts):
     num_rows = weight.shape[0]
     order = np.arange(x.shape[0])
     for n in prange(panels.shape[0]):
-        _fill_panel(panels, n, x, order, n * TOKENS, min((n + 1) * TOKENS, x.shape[0]), 1)
+        fill_panel(panels, n, x, order, n * TOKENS, min((n + 1) * TOKENS, x.shape[0]), 1)
     rows_of_part = (num_rows // ROWS + parts - 1) // parts * ROWS
     for part in prange(parts):
         first_row, last_row = min(num_rows, part * rows_of_part), min(num_rows, (part + 1) * rows_of_part)

@@ -20,7 +20,7 @@ _WORD = ir.IntType(32)
 _WORD_VECTOR = ir.VectorType(_WORD, TOKENS)
 
 
-def _array(context, builder, kind, value):
+def array_of(context, builder, kind, value):
     return cgutils.create_struct_proxy(kind)(context, builder, value=value)
 
 
@@ -82,8 +82,8 @@ def _sums_of_rows(builder, rows, first, panels, n, count):
     return _product_sums(builder, start, row_bytes, length, panels, n, count)
 
 
-def _by_token(builder, sums):
-    """ROWS vectors of sixteen tokens -> sixteen vectors of ROWS numbers, one for each token."""
+def by_token(builder, sums):
+    """Vectors of sixteen tokens, one for each row -> sixteen vectors of one number of each row."""
     groups, run = [[vector] for vector in sums], 1
     while len(groups) > 1:  # neighbours are interleaved in runs of ever more rows
         halves = []
@@ -97,14 +97,9 @@ def _by_token(builder, sums):
         ]
         run *= 2
     (vectors,) = groups
-    per_vector = SUMS // ROWS
-    return [
-        builder.shuffle_vector(
-            vector, vector, ir.Constant(ir.VectorType(_WORD, ROWS), list(range(k * ROWS, (k + 1) * ROWS)))
-        )
-        for vector in vectors
-        for k in range(per_vector)
-    ]
+    rows = len(sums)
+    parts = [ir.Constant(ir.VectorType(_WORD, rows), list(range(k, k + rows))) for k in range(0, SUMS, rows)]
+    return [builder.shuffle_vector(vector, vector, part) for vector in vectors for part in parts]
 
 
 def _to_lanes(count):
@@ -115,7 +110,7 @@ def _to_lanes(count):
         def generate(context, builder, signature, arguments):
             rows, first, panels, n, out = arguments
             rows, panels, out = (
-                _array(context, builder, signature.args[i], value) for i, value in ((0, rows), (2, panels), (4, out))
+                array_of(context, builder, signature.args[i], value) for i, value in ((0, rows), (2, panels), (4, out))
             )
             sums = _sums_of_rows(builder, rows, first, panels, n, count)
             target = builder.bitcast(out.data, SUM_VECTOR.as_pointer())
@@ -136,14 +131,14 @@ def _to_rows(count):
         def generate(context, builder, signature, arguments):
             rows, first, panels, n, y = arguments
             rows, panels, y = (
-                _array(context, builder, signature.args[i], value) for i, value in ((0, rows), (2, panels), (4, y))
+                array_of(context, builder, signature.args[i], value) for i, value in ((0, rows), (2, panels), (4, y))
             )
             sums = _sums_of_rows(builder, rows, first, panels, n, count)
             width = builder.extract_value(y.shape, 1)
             for panel in range(count):
                 token = builder.mul(builder.add(n, ir.Constant(INDEX, panel)), ir.Constant(INDEX, TOKENS))
                 target = builder.gep(y.data, [builder.add(builder.mul(token, width), first)])
-                for values in _by_token(builder, sums[panel::count]):
+                for values in by_token(builder, sums[panel::count]):
                     builder.store(values, builder.bitcast(target, values.type.as_pointer()), align=4)
                     target = builder.gep(target, [width])
             return context.get_dummy_value()
@@ -164,7 +159,7 @@ def cached_rows_times_panel(_context, cache, block, first, g, panels, scores, ke
     def generate(context, builder, signature, arguments):
         cache, block, first, g, panels, scores, key = arguments
         cache, panels, scores = (
-            _array(context, builder, signature.args[i], value) for i, value in ((0, cache), (4, panels), (5, scores))
+            array_of(context, builder, signature.args[i], value) for i, value in ((0, cache), (4, panels), (5, scores))
         )
         block_bytes, token_bytes, head_bytes = (builder.extract_value(cache.strides, axis) for axis in range(3))
         start = _nth(builder, cache.data, block_bytes, block)

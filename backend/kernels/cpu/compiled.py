@@ -24,10 +24,11 @@ config.THREADING_LAYER = "omp" if config.THREADING_LAYER == "default" else confi
 
 #: Sums may be reordered; NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
-kernel = partial(njit, fastmath=FAST_MATH, cache=True)
+# Division by zero gives infinity, as in numpy: a check for it would keep loops from becoming vectors.
+kernel = partial(njit, fastmath=FAST_MATH, error_model="numpy", cache=True)
 #: Sums in the order written and no fused multiply-add: the same bits as the reference.
 exact_kernel = partial(njit, error_model="numpy", cache=True)
-parallel_kernel = partial(njit, fastmath=FAST_MATH, cache=True, parallel=True, nogil=True)
+parallel_kernel = partial(njit, fastmath=FAST_MATH, error_model="numpy", cache=True, parallel=True, nogil=True)
 
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 #: Numbers up to which a pass over them is done by one thread: waking the others takes longer.

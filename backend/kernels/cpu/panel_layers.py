@@ -67,14 +67,13 @@ def mlp_panels(x, w13, w2, panels, act, y, active, span, first, order, top_k, pa
             for r in range(first_row, last_row, ROWS):
                 two_panels_to_lanes(matrix, r, panels, n, gates)
                 two_panels_to_lanes(matrix, size + r, panels, n, ups)
-                for j in range(2):
-                    activate(gates, ups, 2, j, act, n + j, r, ROWS)
+                activate(gates, ups, 2, act, n, r)
             n += 2
         if n < first[s + 1]:
             for r in range(first_row, last_row, ROWS):
                 panel_to_lanes(matrix, r, panels, n, gates)
                 panel_to_lanes(matrix, size + r, panels, n, ups)
-                activate(gates, ups, 1, 0, act, n, r, ROWS)
+                activate(gates[: ROWS * TOKENS], ups[: ROWS * TOKENS], 1, act, n, r)
 
     rows_of_part = (hidden // ROWS + parts - 1) // parts * ROWS
     for job in prange(parts * num_active):
@@ -103,18 +102,21 @@ def fill_panel(panels, n, x, order, begin, end, top_k):
 
 
 @kernel
-def activate(gates, ups, count, j, act, n, first_row, rows):
-    """silu(gate) * up of `rows` rows and panel j of `count` into act[n] [I / 2, 16], in pairs of rows."""
-    for pair in range(rows // 2):
-        low = (2 * pair * count + j) * TOKENS
-        high = low + count * TOKENS
-        for lane in range(TOKENS):
-            a, b = gates[low + lane], gates[high + lane]
-            a = a / (ONE + exp(-a)) * ups[low + lane]
-            b = b / (ONE + exp(-b)) * ups[high + lane]
-            act[n, first_row // 2 + pair, lane] = np.uint32(narrow(a)) | np.uint32(
-                np.uint32(narrow(b)) << np.uint32(16)
-            )
+def activate(gates, ups, count, act, n, first_row):
+    """silu(gate) * up of rows `first_row` … and of `count` panels n … into act [N, I / 2, 16], in pairs of rows.
+
+    gates and ups [rows * count * 16], by row, panel and token; gates are overwritten.
+    """
+    for i in range(gates.shape[0]):
+        gates[i] = gates[i] / (ONE + exp(-gates[i])) * ups[i]
+    for pair in range(gates.shape[0] // (2 * count * TOKENS)):
+        for j in range(count):
+            low = (2 * pair * count + j) * TOKENS
+            high = low + count * TOKENS
+            for lane in range(TOKENS):
+                act[n + j, first_row // 2 + pair, lane] = np.uint32(narrow(gates[low + lane])) | np.uint32(
+                    np.uint32(narrow(gates[high + lane])) << np.uint32(16)
+                )
 
 
 @parallel_kernel

@@ -22,7 +22,7 @@ from backend.kernels.cpu.tiles import (
 ROWS_AT_ONCE = 2 * ROWS
 #: Panels that stay in the second-level cache while all weights of a part pass, each of which is read once for all of them.
 _PANELS_AT_ONCE = 8
-#: Tokens in a panel for which its product takes as long as dot products with each of them: reading the weights then counts.
+#: Tokens in a panel for which its product takes about as long as dot products with each: reading the weights counts then.
 _FEW_TOKENS = 3
 
 
@@ -54,12 +54,11 @@ def mlp_tiles(x, w13, w2, panels, act, y, active, span, first, order, top_k, par
                 n = begin
                 while n + 2 <= end:
                     tiles_to_lanes_of_two(matrix, r, size + r, panels, n, sums)
-                    for j in range(2):
-                        activate(sums[: ROWS * 2 * TOKENS], sums[ROWS * 2 * TOKENS :], 2, j, act, n + j, r, ROWS)
+                    activate(sums[: ROWS * 2 * TOKENS], sums[ROWS * 2 * TOKENS :], 2, act, n, r)
                     n += 2
                 if n < end:
                     tiles_to_lanes(matrix, r, size + r, panels, n, sums)
-                    activate(sums[: ROWS * TOKENS], sums[ROWS * TOKENS :], 1, 0, act, n, r, ROWS)
+                    activate(sums[: ROWS * TOKENS], sums[ROWS * TOKENS : 2 * ROWS * TOKENS], 1, act, n, r)
         tiles_off(config)
 
     rows_of_part = (hidden // ROWS_AT_ONCE + parts - 1) // parts * ROWS_AT_ONCE

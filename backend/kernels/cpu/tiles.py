@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from backend.kernels.cpu.bfloat16 import INDEX, LANES, SUM_VECTOR, SUMS
+from backend.kernels.cpu.bfloat16 import INDEX, LANES, SUM_VECTOR, SUMS, prefetch
 from backend.kernels.cpu.panels import TOKENS, array_of, by_token
 
 #: Weight rows of a tile.
@@ -74,7 +74,7 @@ def tiles_off(_context, before):
     return types.void(before), generate
 
 
-def _products(context, builder, kinds, arguments, count):
+def _products(context, builder, kinds, arguments, count, following_rows):
     """Two tiles of rows times `count` panels: sums in tiles 0 …, by rows and then panels.
 
     Arguments: rows [N, K], the first row of either tile, panels [P, K / 2, 16] and the first panel.
@@ -86,6 +86,8 @@ def _products(context, builder, kinds, arguments, count):
     row_starts = [_bytes_from(builder, rows.data, builder.mul(row, row_bytes)) for row in (first, second)]
     numbers = [builder.add(n, ir.Constant(INDEX, i)) for i in range(count)]
     panel_starts = [_bytes_from(builder, panels.data, builder.mul(number, panel_bytes)) for number in numbers]
+    ahead = builder.mul(row_bytes, ir.Constant(INDEX, following_rows))
+    next_starts = [builder.gep(start, [ahead]) for start in row_starts]
     of_rows, of_panels = (4, 5), (6, 7)[:count]
     for tile in range(2 * count):
         _call(builder, "tilezero", tile)
@@ -98,6 +100,10 @@ def _products(context, builder, kinds, arguments, count):
     at.add_incoming(ir.Constant(INDEX, 0), before)
     row_offset = builder.mul(at, ir.Constant(INDEX, 2))
     panel_offset = builder.mul(at, ir.Constant(INDEX, _TILE // LANES))
+    for start in next_starts:
+        for line in range(ROWS):
+            offset = builder.add(panel_offset, ir.Constant(INDEX, line * _LINE))
+            prefetch(builder, builder.gep(start, [offset]))
     for tile, start in zip(of_rows, row_starts, strict=True):
         _call(builder, "tileloadd64", tile, builder.gep(start, [row_offset]), row_bytes)
     for tile, start in zip(of_panels, panel_starts, strict=True):
@@ -120,7 +126,7 @@ def _to_lanes(count):
         """
 
         def generate(context, builder, signature, arguments):
-            _products(context, builder, signature.args, arguments[:5], count)
+            _products(context, builder, signature.args, arguments[:5], count, ROWS)
             target = builder.bitcast(array_of(context, builder, signature.args[5], arguments[5]).data, _BYTE_POINTER)
             for i in range(2):
                 for j in range(count):
@@ -146,7 +152,7 @@ def _to_rows(count):
             rows, first, panels, n, y = arguments
             second = builder.add(first, ir.Constant(INDEX, ROWS))
             kinds = [signature.args[0], None, None, signature.args[2]]
-            _products(context, builder, kinds, (rows, first, second, panels, n), count)
+            _products(context, builder, kinds, (rows, first, second, panels, n), count, 2 * ROWS)
             y = array_of(context, builder, signature.args[4], y)
             width = builder.extract_value(y.shape, 1)
             room = cgutils.alloca_once(builder, ir.ArrayType(SUM_VECTOR, ROWS))

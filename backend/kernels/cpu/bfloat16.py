@@ -22,7 +22,7 @@ SUMS = 16
 #: Weights are fetched so many numbers before their use: the processor alone fetches too late.
 _AHEAD = 3072
 
-FLOAT, BITS, INDEX = ir.FloatType(), ir.IntType(16), ir.IntType(64)
+FLOAT, BITS, WORD, INDEX = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 SUM_VECTOR, BITS_VECTOR = ir.VectorType(FLOAT, SUMS), ir.VectorType(BITS, LANES)
 _EVEN, _ODD = list(range(0, 2 * SUMS, 2)), list(range(1, 2 * SUMS, 2))
 
@@ -43,18 +43,32 @@ def multiplies(weight: Tensor) -> bool:
     return fits and torch.cpu._is_avx512_bf16_supported()
 
 
+def _rounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A float32 rounded to the nearest bfloat16 (ties to even): its bits are the upper half of an integer of 32 bits."""
+    bits = builder.bitcast(value, WORD)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(WORD, 16)), ir.Constant(WORD, 1))
+    return builder.add(bits, builder.add(odd, ir.Constant(WORD, 0x7FFF)))
+
+
 @intrinsic
 def narrow(_context, value):
-    """A float32 rounded to the nearest bfloat16 (ties to even), as bits in uint16."""
+    """A float32 rounded to the nearest bfloat16, as bits in uint16."""
 
     def generate(_target, builder, _signature, arguments):
-        wide = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], wide)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(wide, 16)), ir.Constant(wide, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(wide, 0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, ir.Constant(wide, 16)), BITS)
+        return builder.trunc(builder.lshr(_rounded(builder, arguments[0]), ir.Constant(WORD, 16)), BITS)
 
     return types.uint16(types.float32), generate
+
+
+@intrinsic
+def narrow_two(_context, low, high):
+    """Two float32 as `narrow` rounds them, side by side in a uint32. Loops over it become vectors."""
+
+    def generate(_target, builder, _signature, arguments):
+        low, high = (_rounded(builder, value) for value in arguments)
+        return builder.or_(builder.lshr(low, ir.Constant(WORD, 16)), builder.and_(high, ir.Constant(WORD, 0xFFFF0000)))
+
+    return types.uint32(types.float32, types.float32), generate
 
 
 def product_of(builder: ir.IRBuilder) -> ir.Function:

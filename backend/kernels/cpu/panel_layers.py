@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from backend.kernels.cpu.bfloat16 import narrow
+from backend.kernels.cpu.bfloat16 import narrow_two
 from backend.kernels.cpu.compiled import ONE, exp, kernel, parallel_kernel
 from backend.kernels.cpu.panels import (
     ROWS,
@@ -114,9 +114,7 @@ def activate(gates, ups, count, act, n, first_row):
             low = (2 * pair * count + j) * TOKENS
             high = low + count * TOKENS
             for lane in range(TOKENS):
-                act[n + j, first_row // 2 + pair, lane] = np.uint32(narrow(gates[low + lane])) | np.uint32(
-                    np.uint32(narrow(gates[high + lane])) << np.uint32(16)
-                )
+                act[n + j, first_row // 2 + pair, lane] = narrow_two(gates[low + lane], gates[high + lane])
 
 
 @parallel_kernel

@@ -71,7 +71,7 @@ class EngineConfig:
     #: Time to the first token that requests are for: one that can no longer get it in this time is refused early. Default:
     #: none is.
     shed_ttft_s: float | None = None
-    #: Mean time between tokens that requests are for: no more of them run at once than get theirs in this time. Default: as
+    #: Mean time between tokens that requests are for: no more sequences run at once than get theirs in this time. Default: as
     #: many as max_running.
     hold_itl_s: float | None = None
     #: `auto`, `triton` and `flash_attn` (GPU only; flash_attn needs its package and a block_size of 256) or `torch`.

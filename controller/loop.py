@@ -175,7 +175,8 @@ class Controller:
         status = self._plane.call(
             threshold_prefill=event.threshold_prefill,
             threshold_decode=event.threshold_decode,
-            threshold_floor=min(self._law.limits.min_threshold_prefill, self._law.limits.min_threshold_decode),
+            # One number for both phases: engines count on no deeper dimming than either allows.
+            threshold_floor=max(self._law.limits.min_threshold_prefill, self._law.limits.min_threshold_decode),
             owner=config.owner,
             lease_s=config.lease_s,
             **self._extra,

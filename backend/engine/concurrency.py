@@ -50,13 +50,19 @@ class Concurrency:
         theta_prefill: float,
         theta_decode: float,
     ) -> int:
-        """The new limit. Lengths are means of the sequences that ended lately; all may run until one has (0 output tokens)."""
-        if output_tokens <= 0:
+        """The new limit. Lengths are means of the sequences that ended lately.
+
+        Until one has (0 output tokens), as many may run as would be in time if no prompts came; and answers of one token have
+        no time between tokens.
+        """
+        if 0 < output_tokens <= 1:
             return self._most
-        per_output = prompt_tokens / output_tokens
+        per_output = prompt_tokens / output_tokens if output_tokens else 0.0
         estimate = sustainable(
             model, self._allowed_s, self._most, self._max_batch_tokens, per_output, theta_prefill, theta_decode
         )
+        if not output_tokens:
+            return estimate
         before = estimate if self._smooth is None else self._smooth
         self._smooth = before + _SMOOTHING * (estimate - before)
         return round(self._smooth)

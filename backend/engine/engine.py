@@ -125,11 +125,16 @@ class Engine:
         self.scheduler.add(request.sequences[0])
 
     def abort(self, request_id: object, index: int | None = None) -> None:
-        """End a request, or one of its sequences, at once and silently. Unknown ids are ignored: it may have just ended."""
+        """End a request at once and silently, or one of its sequences, which has come to a stop string.
+
+        Unknown ids are ignored: it may have just ended.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return
         for sequence in request.sequences if index is None else request.sequences[index : index + 1]:
+            if index is not None and not sequence.finished:
+                self._count_finished(sequence)
             self._remove(sequence, "abort")
         self._end_if_finished(request)
 
@@ -257,6 +262,9 @@ class Engine:
             if not sequence.finished:
                 events.append(self._emit(sequence, sampled))
 
+    def _count_finished(self, sequence: Sequence) -> None:
+        self.counters.finished(max(0, sequence.num_prompt - sequence.num_reused), sequence.num_output)
+
     def stats(self) -> EngineStats:
         """For occasional telemetry: it reads the device."""
         active_slots, assignments_per_token = self.runner.model.slot_usage()
@@ -347,8 +355,7 @@ class Engine:
         elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_model_len:
             reason = FINISH_LENGTH
         if reason is not None:
-            computed = max(0, sequence.num_prompt - sequence.num_reused)
-            self.counters.finished(computed, sequence.num_output)
+            self._count_finished(sequence)
             self._remove(sequence, reason)
             self._end_if_finished(request)
         return TokenOutput(

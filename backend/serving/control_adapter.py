@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 TOKEN_ENV = "BROWNOUT_CONTROL_TOKEN"
 VALUE_KEYS = ("threshold_prefill", "threshold_decode", "level", "way", "mechanism", "similarity_min", "resident_share")
-#: threshold_floor: how far the owner may still dim; engines refuse early only what even that would not save.
+#: threshold_floor: how far the owner may still dim both phases; engines refuse early only what even that would not save.
 KEYS = (*VALUE_KEYS, "threshold_floor", "owner", "lease_s", "token")
 DEFAULT_OWNER = "operator"
 DEFAULT_LEASE_S = 10.0

@@ -140,7 +140,7 @@ class Simulation:
         """Until `end_s`; what has not ended by then is left out."""
         outcome = Outcome()
         coming = deque(sorted(jobs, key=lambda job: job.arrival_s))
-        now, next_control = 0.0, self._period_s
+        now, next_control, next_hold = 0.0, self._period_s, 0.0
         while now < end_s:
             while coming and coming[0].arrival_s <= now:
                 job = coming.popleft()
@@ -152,8 +152,9 @@ class Simulation:
                 now = self._step(now, outcome)
             else:
                 now = min([next_control, end_s] + [job.arrival_s for job in list(coming)[:1]])
-            if self._concurrency is not None and self._model.ready:
+            if self._concurrency is not None and self._model.ready and now >= next_hold:
                 self._hold(self._concurrency)
+                next_hold = now + 0.1
             if now >= next_control:
                 decision = self._law.update(self._reading(now), self._period_s)
                 self._theta = (decision.threshold_prefill, decision.threshold_decode)

@@ -36,7 +36,8 @@ def test_dimming_makes_room_and_a_slower_machine_takes_it() -> None:
 
 def test_it_begins_with_the_first_lengths_known_and_follows_smoothly() -> None:
     concurrency = Concurrency(0.03, MOST, BUDGET)
-    assert concurrency.update(MODEL, 0.0, 0.0, 1.0, 1.0) == MOST
+    assert concurrency.update(MODEL, 0.0, 0.0, 1.0, 1.0) == sustainable(MODEL, 0.9 * 0.03, MOST, BUDGET, 0.0, 1.0, 1.0)
+    assert concurrency.update(MODEL, 100.0, 1.0, 1.0, 1.0) == MOST, "answers of one token have no time between tokens"
     first = concurrency.update(MODEL, 100.0, 100.0, 1.0, 1.0)
     assert first == sustainable(MODEL, 0.9 * 0.03, MOST, BUDGET, 1.0, 1.0, 1.0)
     limits = [concurrency.update(MODEL, 100.0, 100.0, 0.3, 0.3) for _ in range(40)]

@@ -55,6 +55,22 @@ def run(engine: Engine, requests: list[Request]) -> dict:
     return tokens
 
 
+def test_lengths_of_answers_count_however_they_end() -> None:
+    """At a length, and at a stop string, which somebody else has found; not where the client has gone."""
+    engine, prompt = make_engine(), list(range(40))
+    for name, max_tokens in (("whole", 6), ("stopped", 50), ("gone", 50)):
+        engine.add(Request(name, prompt, greedy(max_tokens)))
+        for _ in range(6):
+            engine.step()
+        if name == "stopped":
+            engine.abort(name, 0)
+        engine.abort(name)
+    counters = engine.counters
+    assert (counters.sequences_finished, counters.mean_output_tokens) == (2, 6)
+    # Of the second prompt 32 tokens were in the prefix cache, which knows whole blocks.
+    assert counters.mean_prompt_tokens == (40 + 8) / 2
+
+
 def make_prompts(count: int, seed: int = 0, low: int = 1, high: int = 90) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(512) for _ in range(rng.randint(low, high))] for _ in range(count)]

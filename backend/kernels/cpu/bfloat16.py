@@ -71,6 +71,11 @@ def narrow_two(_context, low, high):
     return types.uint32(types.float32, types.float32), generate
 
 
+def array_of(context, builder, kind, value):
+    """The fields of an array of this numba type."""
+    return cgutils.create_struct_proxy(kind)(context, builder, value=value)
+
+
 def product_of(builder: ir.IRBuilder) -> ir.Function:
     """The instruction: sums [16] float32, two vectors of 32 numbers -> the sums plus the products, two to a sum."""
     kind = ir.FunctionType(SUM_VECTOR, [SUM_VECTOR, NUMBER_VECTOR, NUMBER_VECTOR])
@@ -95,7 +100,7 @@ def _rows_against(count: int):
 
         def generate(context, builder, signature, arguments):
             arrays = [
-                cgutils.create_struct_proxy(kind)(context, builder, value=value)
+                array_of(context, builder, kind, value)
                 for kind, value in zip(signature.args, arguments, strict=True)
                 if isinstance(kind, types.Array)
             ]

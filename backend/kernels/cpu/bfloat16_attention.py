@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from backend.kernels.cpu.bfloat16 import (
@@ -20,6 +19,7 @@ from backend.kernels.cpu.bfloat16 import (
     NUMBER_VECTOR,
     SUM_VECTOR,
     SUMS,
+    array_of,
     prefetch,
     product_of,
     totals,
@@ -35,10 +35,6 @@ _PAIRS_MASK = ir.VectorType(ir.IntType(32), LANES)
 _LOWER = [lane for first in range(0, LANES, 8) for lane in range(first, first + 4)]
 _UPPER = [lane + 4 for lane in _LOWER]
 _BACK = sorted(range(LANES), key=lambda at: (_LOWER + _UPPER)[at])
-
-
-def _array(context, builder, kind, value):
-    return cgutils.create_struct_proxy(kind)(context, builder, value=value)
 
 
 def _constant(lanes):
@@ -116,10 +112,10 @@ def scores_of_tokens(_context, q, s, h, k_cache, block, following, first, last, 
 
     def generate(context, builder, signature, arguments):
         q, s, h, k_cache, block, following, first, last, g, scores, row, at, tops = arguments
-        q = _array(context, builder, signature.args[0], q)
-        k_cache = _array(context, builder, signature.args[3], k_cache)
-        scores = _array(context, builder, signature.args[9], scores)
-        tops = _array(context, builder, signature.args[12], tops)
+        q = array_of(context, builder, signature.args[0], q)
+        k_cache = array_of(context, builder, signature.args[3], k_cache)
+        scores = array_of(context, builder, signature.args[9], scores)
+        tops = array_of(context, builder, signature.args[12], tops)
         query = builder.bitcast(_at(builder, q, s, h), BITS.as_pointer())
         rows, ahead = _rows(builder, k_cache, block, following, first, last, g)
         product = product_of(builder)
@@ -153,9 +149,9 @@ def add_values_of_tokens(_context, out, s, h, v_cache, block, following, first, 
 
     def generate(context, builder, signature, arguments):
         out, s, h, v_cache, block, following, first, last, g, shares, row, at = arguments
-        out = _array(context, builder, signature.args[0], out)
-        v_cache = _array(context, builder, signature.args[3], v_cache)
-        shares = _array(context, builder, signature.args[9], shares)
+        out = array_of(context, builder, signature.args[0], out)
+        v_cache = array_of(context, builder, signature.args[3], v_cache)
+        shares = array_of(context, builder, signature.args[9], shares)
         attended = builder.bitcast(_at(builder, out, s, h), FLOAT.as_pointer())
         rows, ahead = _rows(builder, v_cache, block, following, first, last, g)
         shares = builder.bitcast(_at(builder, shares, row, at), BITS.as_pointer())

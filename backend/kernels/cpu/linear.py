@@ -2,7 +2,7 @@
 
 Few rows are bound by reading the weights: 16-bit ones are read where they are, by a compiled kernel. Many rows are bound by
 arithmetic and go to torch's matrix products, in the type that this processor multiplies fast; on a processor with a matrix
-unit a kernel of our own is faster for any number of rows.
+unit a kernel of our own is faster for all but the fewest rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backend.kernels.cpu.bfloat16 import rows_times
 from backend.kernels.cpu.compiled import as_array, parallel_kernel, words
 from backend.kernels.cpu.panel_layers import matrix_panels, pays
 from backend.kernels.cpu.panels import ROWS, TOKENS
-from backend.kernels.cpu.tile_layers import ROWS_AT_ONCE, matrix_tiles
+from backend.kernels.cpu.tile_layers import ROWS_AT_ONCE, matrix_tiles, tiles_pay
 
 #: Rows up to which the compiled kernel beats widening 16-bit weights for a float32 product.
 FEW_ROWS = 48
@@ -84,14 +84,14 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def _panels_kernel(x: Tensor, weight: Tensor) -> Callable | None:
     """What multiplies these by panels, if that is the fastest way."""
-    rows = len(x)
+    rows, panels = len(x), -(-len(x) // TOKENS)
     if not bfloat16.multiplies(weight):
         return None
     if tiles.available() and weight.shape[0] % ROWS_AT_ONCE == 0:
-        return matrix_tiles
+        return matrix_tiles if tiles_pay(rows, panels) else None
     # Enough rows for panels, but not enough for a library's matrix product.
     few = rows <= FEW_ROWS and weight.shape[0] % ROWS == 0
-    return matrix_panels if few and pays(rows, -(-rows // TOKENS)) else None
+    return matrix_panels if few and pays(rows, panels) else None
 
 
 def _panels(x: Tensor, weight: Tensor, multiply: Callable) -> Tensor:

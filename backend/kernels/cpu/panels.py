@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from backend.kernels.cpu.bfloat16 import INDEX, LANES, NUMBER_VECTOR, SUM_VECTOR, SUMS, prefetch, product_of
+from backend.kernels.cpu.bfloat16 import INDEX, LANES, NUMBER_VECTOR, SUM_VECTOR, SUMS, array_of, prefetch, product_of
 
 #: Tokens of a panel, and weight rows that are taken together.
 TOKENS, ROWS = SUMS, 8
 _WORD = ir.IntType(32)
 _WORD_VECTOR = ir.VectorType(_WORD, TOKENS)
-
-
-def array_of(context, builder, kind, value):
-    return cgutils.create_struct_proxy(kind)(context, builder, value=value)
 
 
 def _nth(builder, start, stride, number):

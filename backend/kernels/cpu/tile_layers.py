@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from backend.kernels.cpu.compiled import parallel_kernel
+from backend.kernels.cpu.compiled import kernel, parallel_kernel
 from backend.kernels.cpu.panel_layers import activate, fill_panel
 from backend.kernels.cpu.panels import TOKENS
 from backend.kernels.cpu.tiles import (
@@ -66,18 +66,24 @@ def mlp_tiles(x, w13, w2, panels, act, y, active, span, first, order, top_k, par
         part, s = job // num_active, job % num_active
         matrix = w2[active[s]]
         first_row, last_row = min(hidden, part * rows_of_part), min(hidden, (part + 1) * rows_of_part)
-        config = np.empty(64, np.uint8)
-        tiles_on(config)
-        for begin in range(first[s], first[s + 1], _PANELS_AT_ONCE):
-            end = min(begin + _PANELS_AT_ONCE, first[s + 1])
-            for r in range(first_row, last_row, ROWS_AT_ONCE):
-                n = begin
-                while n + 2 <= end:
-                    tiles_to_rows_of_two(matrix, r, act, n, y)
-                    n += 2
-                if n < end:
-                    tiles_to_rows(matrix, r, act, n, y)
-        tiles_off(config)
+        _rows_times_panels(matrix, first_row, last_row, act, first[s], first[s + 1], y)
+
+
+@kernel
+def _rows_times_panels(matrix, first_row, last_row, panels, first, last, y):
+    """y[16 n + token, row] = matrix rows first_row … last_row - 1 times panels first … last - 1."""
+    config = np.empty(64, np.uint8)
+    tiles_on(config)
+    for begin in range(first, last, _PANELS_AT_ONCE):
+        end = min(begin + _PANELS_AT_ONCE, last)
+        for r in range(first_row, last_row, ROWS_AT_ONCE):
+            n = begin
+            while n + 2 <= end:
+                tiles_to_rows_of_two(matrix, r, panels, n, y)
+                n += 2
+            if n < end:
+                tiles_to_rows(matrix, r, panels, n, y)
+    tiles_off(config)
 
 
 @parallel_kernel
@@ -90,15 +96,4 @@ def matrix_tiles(x, weight, panels, y, parts):
     rows_of_part = (num_rows // ROWS_AT_ONCE + parts - 1) // parts * ROWS_AT_ONCE
     for part in prange(parts):
         first_row, last_row = min(num_rows, part * rows_of_part), min(num_rows, (part + 1) * rows_of_part)
-        config = np.empty(64, np.uint8)
-        tiles_on(config)
-        for begin in range(0, panels.shape[0], _PANELS_AT_ONCE):
-            end = min(begin + _PANELS_AT_ONCE, panels.shape[0])
-            for r in range(first_row, last_row, ROWS_AT_ONCE):
-                n = begin
-                while n + 2 <= end:
-                    tiles_to_rows_of_two(weight, r, panels, n, y)
-                    n += 2
-                if n < end:
-                    tiles_to_rows(weight, r, panels, n, y)
-        tiles_off(config)
+        _rows_times_panels(weight, first_row, last_row, panels, 0, panels.shape[0], y)

@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from backend.kernels.cpu.bfloat16 import INDEX, LANES, SUM_VECTOR, SUMS, prefetch
-from backend.kernels.cpu.panels import TOKENS, array_of, by_token
+from backend.kernels.cpu.bfloat16 import INDEX, LANES, SUM_VECTOR, SUMS, array_of, prefetch
+from backend.kernels.cpu.panels import TOKENS, by_token
 
 #: Weight rows of a tile.
 ROWS = 16

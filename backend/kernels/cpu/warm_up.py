@@ -27,6 +27,7 @@ def warm_up(dtype: torch.dtype) -> None:
         matrix = torch.zeros(2 * size, size, dtype=dtype)
         for tokens in (1, 16, 64):  # few and many rows
             cpu.linear(torch.zeros(tokens, size), matrix)
+            cpu.linear(torch.zeros(tokens, size), matrix[:8])  # too few rows for a matrix unit
             args = torch.zeros(tokens, size), matrix[None], matrix[None, :size]
             cpu.grouped_experts_forward(*args, slots.expand(tokens, 1), weights.expand(tokens, 1))
         _warm_up_attention(dtype, size)

@@ -9,7 +9,6 @@ import tritonclient.grpc as grpc
 from tritonclient.utils import InferenceServerException
 
 MODEL = "brownout"
-_TIMEOUT_S = 2.0
 _HELD = "the settings are held by"
 # A server that comes back is to be found within a second, not after gRPC's own backoff of up to two minutes.
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
@@ -34,10 +33,10 @@ class Plane(Protocol):
 
 
 class BrownoutClient:
-    """Calls the model; `address` is HOST:PORT of Triton's gRPC service."""
+    """Calls the model; `address` is HOST:PORT of Triton's gRPC service. Who does not answer in `timeout_s` is unreachable."""
 
-    def __init__(self, address: str, token: str = "") -> None:
-        self._token = token
+    def __init__(self, address: str, token: str = "", timeout_s: float = 2.0) -> None:
+        self._token, self._timeout_s = token, timeout_s
         self._client = grpc.InferenceServerClient(address, channel_args=_CHANNEL)
 
     def call(self, **parameters: float | int | str) -> dict:
@@ -50,7 +49,7 @@ class BrownoutClient:
         # As strings: gRPC request parameters know no floating-point numbers.
         texts = {key: value if isinstance(value, str) else repr(value) for key, value in parameters.items()}
         try:
-            result = self._client.infer(MODEL, [], parameters=texts, client_timeout=_TIMEOUT_S)
+            result = self._client.infer(MODEL, [], parameters=texts, client_timeout=self._timeout_s)
         except InferenceServerException as error:
             message = error.message() or ""
             if _HELD in message:

@@ -76,7 +76,9 @@ def test_records_add_up_and_agree_with_the_servers_counters(server: RunningServe
 
 
 def test_refused_and_failed_requests_add_up_too(small_server: RunningServer) -> None:
-    """Two run, three may wait; every fourth gives up soon, which to its client is a failure."""
+    """Two run, three may wait, all for far longer than it takes to send them; every fourth gives up soon, which to its client
+    is a failure.
+    """
 
     def counters() -> Counter:
         names = ("completed", "rejected", "timeout")
@@ -92,7 +94,7 @@ def test_refused_and_failed_requests_add_up_too(small_server: RunningServer) -> 
                 ask = clients.http_stream if number % 2 else clients.grpc_stream
                 return ask(number, f"request {number}", sampling, intended_s)
 
-            return await send_open_loop([(n, Arrival(0.01 * n, 4, 60)) for n in range(16)], send)
+            return await send_open_loop([(n, Arrival(0.01 * n, 4, 600)) for n in range(16)], send)
 
     before = counters()
     counts = Counter(record.outcome for record in asyncio.run(load()))

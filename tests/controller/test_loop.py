@@ -209,6 +209,11 @@ def test_the_quality_budget_bounds_dimming(changes: dict, floors: tuple[float, f
     assert chosen == extra
 
 
+def test_engines_count_on_no_deeper_dimming_than_either_phase_allows(make, plane: FakePlane) -> None:
+    overload(plane, make(min_threshold_prefill=0.2, min_threshold_decode=0.7))
+    assert plane.changes and {change["threshold_floor"] for change in plane.changes} == {0.7}
+
+
 def test_a_quality_budget_without_levels_is_an_error() -> None:
     with pytest.raises(ConfigError, match="max_quality_loss needs the levels"):
         make_law(ControllerConfig(ttft_slo_s=1, itl_slo_s=1, max_quality_loss=5), (), None)
